@@ -1,0 +1,1 @@
+"""Runs, devices, rounds and receipts in SQL; blobs by content."""

@@ -1,0 +1,1 @@
+"""The agent: one device, in a network process and a trainer process."""

@@ -1,0 +1,183 @@
+"""What a decoder model is: dimensions from its config.json, its linear layers, its identity.
+
+Reads JSON and file bytes only: no torch, so that the coordinator can plan for any model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import MissingExtraError, SketchfleetError
+
+# PEFT's "all-linear" for the decoder families below: every projection but the output head.
+GATED_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PLAIN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj")
+PLAIN_MLP_MODEL_TYPES = ("starcoder2",)
+KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "starcoder2", "gemma", "gemma2")
+BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors")
+
+
+class ModelError(SketchfleetError):
+    """A base model cannot be found, read, or used."""
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """One adapted linear layer: W is (out_features, in_features)."""
+
+    name: str  # as transformers names it: "model.layers.0.self_attn.q_proj"
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a decoder-only transformer that decide memory, time and bytes."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied_embeddings: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Reads a Hugging Face config.json. Raises `ModelError` on an unknown architecture."""
+        kind = str(config.get("model_type", ""))
+        if kind not in KNOWN_MODEL_TYPES:
+            raise ModelError(
+                f"model type {kind or 'unknown'!r} is not supported; use a decoder of type "
+                f"{', '.join(KNOWN_MODEL_TYPES)}"
+            )
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            return cls(
+                model_type=kind,
+                hidden=hidden,
+                layers=int(config["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                intermediate=int(config["intermediate_size"]),
+                vocabulary=int(config["vocab_size"]),
+                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"config.json lacks a usable {error}; is it a decoder?") from error
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate (Llama, Qwen) or two matrices (StarCoder2)."""
+        return self.model_type not in PLAIN_MLP_MODEL_TYPES
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the key and value projections."""
+        return self.kv_heads * self.head_dim
+
+    def linears(self) -> dict[str, tuple[str, int, int]]:
+        """Projections of one layer: suffix -> (path in the layer, out_features, in_features)."""
+        q = self.heads * self.head_dim
+        h, i, kv = self.hidden, self.intermediate, self.kv_dim
+        found = {
+            "q_proj": ("self_attn.q_proj", q, h),
+            "k_proj": ("self_attn.k_proj", kv, h),
+            "v_proj": ("self_attn.v_proj", kv, h),
+            "o_proj": ("self_attn.o_proj", h, q),
+        }
+        if self.gated:
+            found |= {
+                "gate_proj": ("mlp.gate_proj", i, h),
+                "up_proj": ("mlp.up_proj", i, h),
+                "down_proj": ("mlp.down_proj", h, i),
+            }
+        else:
+            found |= {"c_fc": ("mlp.c_fc", i, h), "c_proj": ("mlp.c_proj", h, i)}
+        return found
+
+    def modules(self, targets: Sequence[str]) -> tuple[ModuleShape, ...]:
+        """Adapted layers in wire order (layer by layer). Empty `targets` means all linears.
+
+        Raises `ModelError` on a target that this architecture does not have.
+        """
+        linears = self.linears()
+        wanted = list(targets) or list(linears)
+        if unknown := [t for t in wanted if t not in linears]:
+            raise ModelError(
+                f"target modules {', '.join(unknown)} do not exist in a {self.model_type} model; "
+                f"choose from {', '.join(linears)}"
+            )
+        return tuple(
+            ModuleShape(f"model.layers.{layer}.{path}", out, in_)
+            for layer in range(self.layers)
+            for suffix, (path, out, in_) in linears.items()
+            if suffix in wanted
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights in the projections: what quantisation shrinks."""
+        return self.layers * sum(out * in_ for _, out, in_ in self.linears().values())
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, output head if untied, norms."""
+        tables = 1 if self.tied_embeddings else 2
+        return tables * self.vocabulary * self.hidden + (2 * self.layers + 1) * self.hidden
+
+
+def resolve_base(base: str, revision: str | None = None) -> Path:
+    """The local folder of a base model: a folder as it is, anything else from the hub's cache.
+
+    Raises `ModelError` when neither exists, `MissingExtraError` without huggingface_hub.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; point at a Hugging Face model folder")
+        return folder
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise ModelError(f"base model folder {folder} does not exist; check [model] base")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", "train") from error
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=list(BASE_FILES)))
+    except Exception as error:  # the hub client raises many unrelated types when offline
+        raise ModelError(
+            f"base model {base!r} is neither a local folder nor to be had from the hub "
+            f"({type(error).__name__}); check the name and the connection"
+        ) from error
+
+
+def base_digest(folder: Path) -> str:
+    """SHA-256 (hex) over names and contents of config, tokenizer and weights of a base model."""
+    whole = hashlib.sha256()
+    files = sorted({p for pattern in BASE_FILES for p in folder.glob(pattern)})
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise ModelError(f"{folder} has no .safetensors weights; pickled weights are not loaded")
+    for path in files:
+        with path.open("rb") as stream:
+            part = hashlib.file_digest(stream, "sha256")
+        whole.update(f"{path.name}\0{part.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Dimensions of the model in this folder. Raises `ModelError` on unreadable config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    return ModelShape.from_config(config)

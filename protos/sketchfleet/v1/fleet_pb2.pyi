@@ -1,0 +1,409 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EnrollRequest(_message.Message):
+    __slots__ = ("token", "device_name", "agent_version")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    device_name: str
+    agent_version: str
+    def __init__(self, token: _Optional[str] = ..., device_name: _Optional[str] = ..., agent_version: _Optional[str] = ...) -> None: ...
+
+class EnrollResponse(_message.Message):
+    __slots__ = ("device_id", "credential", "expires_in_s")
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    device_id: str
+    credential: str
+    expires_in_s: float
+    def __init__(self, device_id: _Optional[str] = ..., credential: _Optional[str] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("credential", "expires_in_s")
+    CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    credential: str
+    expires_in_s: float
+    def __init__(self, credential: _Optional[str] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+
+class GpuProfile(_message.Message):
+    __slots__ = ("name", "memory_total_bytes", "memory_free_bytes", "compute_capability", "unified_memory")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    UNIFIED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    compute_capability: str
+    unified_memory: bool
+    def __init__(self, name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., unified_memory: bool = ...) -> None: ...
+
+class ComputeProfile(_message.Message):
+    __slots__ = ("base_digest", "precision", "tokens_per_s", "forward_tokens_per_s", "baseline_bytes", "peak_bytes", "rank", "sequence_tokens", "micro_batch")
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    base_digest: str
+    precision: str
+    tokens_per_s: float
+    forward_tokens_per_s: float
+    baseline_bytes: int
+    peak_bytes: int
+    rank: int
+    sequence_tokens: int
+    micro_batch: int
+    def __init__(self, base_digest: _Optional[str] = ..., precision: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., forward_tokens_per_s: _Optional[float] = ..., baseline_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
+
+class LinkProfile(_message.Message):
+    __slots__ = ("up_bps", "down_bps", "rtt_s", "metered")
+    UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    METERED_FIELD_NUMBER: _ClassVar[int]
+    up_bps: float
+    down_bps: float
+    rtt_s: float
+    metered: bool
+    def __init__(self, up_bps: _Optional[float] = ..., down_bps: _Optional[float] = ..., rtt_s: _Optional[float] = ..., metered: bool = ...) -> None: ...
+
+class DeviceProfile(_message.Message):
+    __slots__ = ("board", "cpu", "cores", "memory_total_bytes", "memory_available_bytes", "memory_cap_bytes", "disk_free_bytes", "agent_version", "gpu", "compute", "link")
+    BOARD_FIELD_NUMBER: _ClassVar[int]
+    CPU_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_CAP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    board: str
+    cpu: str
+    cores: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    memory_cap_bytes: int
+    disk_free_bytes: int
+    agent_version: str
+    gpu: GpuProfile
+    compute: ComputeProfile
+    link: LinkProfile
+    def __init__(self, board: _Optional[str] = ..., cpu: _Optional[str] = ..., cores: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., memory_cap_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., agent_version: _Optional[str] = ..., gpu: _Optional[_Union[GpuProfile, _Mapping]] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., link: _Optional[_Union[LinkProfile, _Mapping]] = ...) -> None: ...
+
+class ModuleShape(_message.Message):
+    __slots__ = ("name", "out_features", "in_features")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    out_features: int
+    in_features: int
+    def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., in_features: _Optional[int] = ...) -> None: ...
+
+class AdapterSpec(_message.Message):
+    __slots__ = ("run_id", "base", "base_revision", "base_digest", "rank", "alpha", "use_rslora", "seed", "modules")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    BASE_REVISION_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    USE_RSLORA_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    base: str
+    base_revision: str
+    base_digest: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    seed: int
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleShape]
+    def __init__(self, run_id: _Optional[str] = ..., base: _Optional[str] = ..., base_revision: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: bool = ..., seed: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ...) -> None: ...
+
+class BlobRef(_message.Message):
+    __slots__ = ("digest", "size_bytes", "encoding")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    size_bytes: int
+    encoding: str
+    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., encoding: _Optional[str] = ...) -> None: ...
+
+class Assignment(_message.Message):
+    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update_encoding", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SLICE_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    run_id: str
+    round: int
+    device_id: str
+    method: str
+    rank: int
+    sketch_offset: int
+    precision: str
+    sequence_tokens: int
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    local_steps: int
+    learning_rate: float
+    optimizer: str
+    update_encoding: str
+    evaluation_sequences: int
+    held_out_share: float
+    seed: int
+    slice: BlobRef
+    global_adapter: BlobRef
+    deadline_s: float
+    reason: str
+    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update_encoding: _Optional[str] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Union[BlobRef, _Mapping]] = ..., global_adapter: _Optional[_Union[BlobRef, _Mapping]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class NextTaskRequest(_message.Message):
+    __slots__ = ("profile", "wait_s", "working_on")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    WORKING_ON_FIELD_NUMBER: _ClassVar[int]
+    profile: DeviceProfile
+    wait_s: float
+    working_on: str
+    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ...) -> None: ...
+
+class NextTaskResponse(_message.Message):
+    __slots__ = ("kind", "poll_again_s", "spec", "assignment", "remaining_s", "profile_request", "message")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[NextTaskResponse.Kind]
+        KIND_WAIT: _ClassVar[NextTaskResponse.Kind]
+        KIND_PROFILE: _ClassVar[NextTaskResponse.Kind]
+        KIND_ASSIGNMENT: _ClassVar[NextTaskResponse.Kind]
+        KIND_RUN_FINISHED: _ClassVar[NextTaskResponse.Kind]
+    KIND_UNSPECIFIED: NextTaskResponse.Kind
+    KIND_WAIT: NextTaskResponse.Kind
+    KIND_PROFILE: NextTaskResponse.Kind
+    KIND_ASSIGNMENT: NextTaskResponse.Kind
+    KIND_RUN_FINISHED: NextTaskResponse.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    POLL_AGAIN_S_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: NextTaskResponse.Kind
+    poll_again_s: float
+    spec: AdapterSpec
+    assignment: Assignment
+    remaining_s: float
+    profile_request: ProfileRequest
+    message: str
+    def __init__(self, kind: _Optional[_Union[NextTaskResponse.Kind, str]] = ..., poll_again_s: _Optional[float] = ..., spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., remaining_s: _Optional[float] = ..., profile_request: _Optional[_Union[ProfileRequest, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ProfileRequest(_message.Message):
+    __slots__ = ("precision", "sequence_tokens", "micro_batch", "rank")
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    precision: str
+    sequence_tokens: int
+    micro_batch: int
+    rank: int
+    def __init__(self, precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("subject", "stage", "loss", "token_accuracy", "tokens")
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    subject: str
+    stage: str
+    loss: float
+    token_accuracy: float
+    tokens: int
+    def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class LocalReport(_message.Message):
+    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_S_FIELD_NUMBER: _ClassVar[int]
+    PUSH_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    MAIN_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    outcome: str
+    message: str
+    evaluations: _containers.RepeatedCompositeFieldContainer[Evaluation]
+    train_examples: int
+    train_tokens: int
+    train_loss: float
+    trained_parameters: int
+    peak_bytes: int
+    fetch_s: float
+    train_s: float
+    evaluate_s: float
+    push_s: float
+    fetched_bytes: int
+    pushed_bytes: int
+    resumes: int
+    main_language: str
+    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: LocalReport
+    def __init__(self, report: _Optional[_Union[LocalReport, _Mapping]] = ...) -> None: ...
+
+class ReportResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("payload", "reply_bytes", "last")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    reply_bytes: int
+    last: bool
+    def __init__(self, payload: _Optional[bytes] = ..., reply_bytes: _Optional[int] = ..., last: bool = ...) -> None: ...
+
+class ProbeResponse(_message.Message):
+    __slots__ = ("payload", "timed_bytes", "timed_s")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    TIMED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIMED_S_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    timed_bytes: int
+    timed_s: float
+    def __init__(self, payload: _Optional[bytes] = ..., timed_bytes: _Optional[int] = ..., timed_s: _Optional[float] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("digest", "offset")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    offset: int
+    def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class FetchResponse(_message.Message):
+    __slots__ = ("offset", "data", "crc32")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    crc32: int
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class BeginPushRequest(_message.Message):
+    __slots__ = ("assignment_id", "digest", "size_bytes")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    digest: str
+    size_bytes: int
+    def __init__(self, assignment_id: _Optional[str] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class BeginPushResponse(_message.Message):
+    __slots__ = ("upload_id", "durable_bytes", "chunk_bytes")
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    durable_bytes: int
+    chunk_bytes: int
+    def __init__(self, upload_id: _Optional[str] = ..., durable_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class PutChunkRequest(_message.Message):
+    __slots__ = ("upload_id", "offset", "data", "crc32")
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    offset: int
+    data: bytes
+    crc32: int
+    def __init__(self, upload_id: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class PutChunkResponse(_message.Message):
+    __slots__ = ("durable_bytes",)
+    DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    durable_bytes: int
+    def __init__(self, durable_bytes: _Optional[int] = ...) -> None: ...
+
+class CommitPushRequest(_message.Message):
+    __slots__ = ("upload_id",)
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    def __init__(self, upload_id: _Optional[str] = ...) -> None: ...
+
+class CommitPushResponse(_message.Message):
+    __slots__ = ("receipt", "outcome")
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    receipt: str
+    outcome: str
+    def __init__(self, receipt: _Optional[str] = ..., outcome: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Field trials, demos and studies on one machine or many."""
