@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -30,8 +31,36 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
+class Reason(StrEnum):
+    """Why a call was refused."""
+
+    BAD_TOKEN = "BAD_TOKEN"  # noqa: S105 - a reason, not a secret
+    BAD_CREDENTIAL = "BAD_CREDENTIAL"  # noqa: S105
+    BAD_REQUEST = "BAD_REQUEST"
+    DOES_NOT_FIT = "DOES_NOT_FIT"
+    UNKNOWN_BLOB = "UNKNOWN_BLOB"
+    UNKNOWN_UPLOAD = "UNKNOWN_UPLOAD"
+    UNKNOWN_ASSIGNMENT = "UNKNOWN_ASSIGNMENT"
+    WRONG_OFFSET = "WRONG_OFFSET"
+    CORRUPT_CHUNK = "CORRUPT_CHUNK"
+    DIGEST_MISMATCH = "DIGEST_MISMATCH"
+    WRONG_SIZE = "WRONG_SIZE"
+    BAD_UPDATE = "BAD_UPDATE"
+    EQUIVOCATION = "EQUIVOCATION"
+    TOO_LATE = "TOO_LATE"
+    INTERNAL = "INTERNAL"
+
+
 class ContractError(SketchfleetError):
     """A message does not hold what its type promises."""
+
+
+class RefusalError(SketchfleetError):
+    """A request the coordinator turns down, with the reason an agent can branch on."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""sketchfleet-coordinator: serve, devices, runs, report, export. Light until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiles.errors import MissingExtraError, SketchfleetError
+
+if TYPE_CHECKING:
+    from coordinator.store.blobs import BlobStore
+    from coordinator.store.records import Records
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="sketchfleet-coordinator",
+        description="Assigns, merges and measures federated LoRA rounds over a fleet of devices.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve the run described by run.toml until it ends")
+    serve.add_argument("--config", type=Path, default=Path("run.toml"), metavar="FILE")
+    serve.add_argument(
+        "--replay", type=Path, metavar="FILE",
+        help="use these recorded plans (from `runs NAME --plans`) instead of planning",
+    )  # fmt: skip
+
+    kept = argparse.ArgumentParser(add_help=False)
+    kept.add_argument("--state", type=Path, default=Path("state"), metavar="FOLDER",
+                      help="the [server] state folder (default: state)")  # fmt: skip
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+
+    commands.add_parser("devices", parents=[kept, as_json], help="enrolled devices and profiles")
+    runs = commands.add_parser("runs", parents=[kept, as_json], help="runs, or one run's rounds")
+    runs.add_argument("run", nargs="?", help="name of a run")
+    runs.add_argument("--plans", action="store_true", help="print the run's plans for --replay")
+    report = commands.add_parser(
+        "report", parents=[kept, as_json], help="per-device table and fairness of a run"
+    )
+    report.add_argument("run", help="name of the run")
+    export = commands.add_parser(
+        "export", parents=[kept], help="write the adapter of any round as a PEFT folder"
+    )
+    export.add_argument("run", help="name of the run")
+    export.add_argument("--round", type=int, help="after so many rounds (default: the latest)")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    try:
+        return int({"serve": _serve, "devices": _devices, "runs": _runs, "report": _report,
+                    "export": _export}[args.command](args))  # fmt: skip
+    except SketchfleetError as error:
+        print(f"sketchfleet-coordinator: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("sqlalchemy", "rich", "safetensors"):
+            raise
+        missing = MissingExtraError(str(error.name), "coordinator")
+        print(f"sketchfleet-coordinator: {missing}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from coordinator.config import load_config
+
+    config = load_config(args.config)
+    import asyncio
+
+    from coordinator.serve import load_recorded, serve
+    from profiles.events import set_up_logging
+
+    recorded = None if args.replay is None else load_recorded(args.replay)
+    set_up_logging()
+    asyncio.run(serve(config, recorded))
+    return 0
+
+
+def _open(state: Path) -> tuple[Records, BlobStore]:
+    from coordinator.serve import ServeError, open_state
+
+    if not (state / "coordinator.sqlite").is_file():
+        raise ServeError(
+            f"{state} is not a coordinator's state folder; pass the [server] state of run.toml "
+            "as --state"
+        )
+    return open_state(state)
+
+
+def _devices(args: argparse.Namespace) -> int:
+    from protos.contract import to_plain
+
+    records, _ = _open(args.state)
+    devices = records.all_devices()
+    if args.json:
+        print(json.dumps([to_plain(d) for d in devices], indent=2))
+        return 0
+    rows = []
+    for d in devices:
+        p = d.profile
+        rows.append([
+            d.device_id,
+            p.board if p else "-",
+            f"{p.trainer_bytes / 1e9:.2f} GB" if p else "-",
+            f"{p.compute.tokens_per_s:,.0f} tok/s" if p and p.compute else "-",
+            f"{p.link.up_bps / 1e6:.2f} / {p.link.down_bps / 1e6:.2f} Mbit/s"
+            if p and p.link else "-",
+            f"{time.time() - d.last_seen_at:.0f} s ago",
+        ])  # fmt: skip
+    _table(("device", "board", "for training", "compute", "up / down", "seen"), rows)
+    return 0
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from coordinator.engine import recorded_plans
+    from coordinator.report import build_report
+
+    records, _ = _open(args.state)
+    if args.run is None:
+        runs = records.all_runs()
+        plain = [{"run_id": r.run_id, "base": r.spec.base, "rank": r.spec.rank,
+                  "method": r.config["method"]["name"], "finished": r.finished_at is not None,
+                  "rounds": len(records.all_rounds(r.run_id))} for r in runs]  # fmt: skip
+        if args.json:
+            print(json.dumps(plain, indent=2))
+        else:
+            _table(tuple(plain[0]) if plain else ("run_id",),
+                   [[str(v) for v in r.values()] for r in plain])  # fmt: skip
+        return 0
+    report = build_report(records, args.run)
+    if args.plans:
+        print(json.dumps(recorded_plans(records.assignments(args.run)), indent=1))
+    elif args.json:
+        print(json.dumps(report.plain()["rounds"], indent=2))
+    else:
+        _table(
+            ("round", "phase", "seconds", "merge s", "aggregation error", "late"),
+            [[str(r["round"]), r["phase"] + (" (evaluation)" if r["evaluate_only"] else ""),
+              _number(r["seconds"], ".1f"), _number(r["merge_s"], ".3f"),
+              _number(r["aggregation_error"], ".3f"), str(len(r["late"]))]
+             for r in report.rounds],
+        )  # fmt: skip
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from coordinator.report import (
+        DEVICE_COLUMNS,
+        build_report,
+        device_table,
+        fairness_lines,
+        reason_lines,
+    )
+
+    records, _ = _open(args.state)
+    report = build_report(records, args.run)
+    if args.json:
+        print(json.dumps(report.plain(), indent=2))
+        return 0
+    _table(DEVICE_COLUMNS, device_table(report))
+    print("\n".join(["", *fairness_lines(report), "", *reason_lines(report)]))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from coordinator.export import ExportError, export_peft
+    from coordinator.merge import adapter_from_factors
+    from protos.packing import unpack
+
+    records, blobs = _open(args.state)
+    run = records.run(args.run)
+    digest = None if run is None else records.adapter_digest(args.run, args.round)
+    if run is None or digest is None:
+        raise ExportError(
+            f"run {args.run!r} has no adapter after {args.round} rounds; "
+            "`sketchfleet-coordinator runs` lists what there is"
+        )
+    packed = blobs.path(digest).read_bytes()
+    adapter = adapter_from_factors(run.spec, unpack(packed, run.spec, run.spec.rank))
+    print(export_peft(run.spec, adapter, args.out, run.spec.base))
+    return 0
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Who may join and who is who: the join token and device credentials.
+
+The token and the credentials are random secrets; the database keeps only their hashes. Transport
+security is not here: this version listens on loopback (`coordinator.config`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from pathlib import Path
+
+from coordinator.store.records import Records
+from protos.contract import Reason, RefusalError
+
+DEVICE_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
+
+
+def join_token(state: Path) -> tuple[str, Path]:
+    """The join token of this state folder and its file (mode 0600), made on first use."""
+    path = state / "join-token"
+    if not path.exists():
+        state.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as stream:
+            stream.write(secrets.token_urlsafe(24) + "\n")
+    return path.read_text().strip(), path
+
+
+class Enrolment:
+    """Issues and checks credentials."""
+
+    def __init__(self, records: Records, token: str, credential_s: float) -> None:
+        self._records = records
+        self._token = token.encode()
+        self._credential_s = credential_s
+
+    def enroll(self, token: str, device_name: str, at: float) -> tuple[str, str, float]:
+        """(device id, credential, seconds it is valid). Raises `RefusalError`."""
+        if not hmac.compare_digest(token.encode(), self._token):
+            raise RefusalError(
+                Reason.BAD_TOKEN,
+                "the join token is wrong; copy it from the join-token file in the coordinator's "
+                "state folder",
+            )
+        if not DEVICE_NAME.match(device_name):
+            raise RefusalError(
+                Reason.BAD_REQUEST,
+                f"device name {device_name[:64]!r} is not usable; use lower-case letters, digits, "
+                "dots, dashes and underscores, 63 at most",
+            )
+        credential, expires_in_s = self.renew(device_name, at)
+        return device_name, credential, expires_in_s
+
+    def renew(self, device_id: str, at: float) -> tuple[str, float]:
+        """(fresh credential, seconds it is valid); the one before stops working."""
+        credential = secrets.token_urlsafe(32)
+        self._records.put_device(device_id, _hash(credential), at + self._credential_s, at)
+        return f"{device_id}:{credential}", self._credential_s
+
+    def authenticate(self, credential: str, at: float) -> str:
+        """The device a credential belongs to. Raises `RefusalError`."""
+        device_id, _, secret = credential.partition(":")
+        kept = self._records.credential(device_id)
+        if kept is None or not hmac.compare_digest(kept[0], _hash(secret)):
+            raise RefusalError(
+                Reason.BAD_CREDENTIAL,
+                "this device's credential is not known here; enrol again with the join token",
+            )
+        if kept[1] < at:
+            raise RefusalError(
+                Reason.BAD_CREDENTIAL, "this device's credential has expired; enrol again"
+            )
+        return device_id
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,232 @@
+"""The report of a run: the per-device table, fairness, and rounds, as plain values and as text.
+
+Reads the database, decides nothing. A loss "of the global adapter" and a loss "of the slice" are
+never mixed: tables show the former, the slice's only where it says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.fairness import (
+    DeviceLedgerRow,
+    DeviceRound,
+    FairnessSummary,
+    ledger,
+    spearman,
+    summarise,
+)
+from coordinator.store.records import AssignmentRecord, Records, RunRecord
+from profiles.device import DeviceProfile
+from profiles.errors import SketchfleetError
+
+DENSE_BYTES_PER_VALUE = 4  # a dense float32 adapter, as other frameworks send it
+
+
+class ReportError(SketchfleetError):
+    """There is nothing to report."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation of one device."""
+
+    device_id: str
+    round: int  # rounds merged into what was evaluated
+    subject: str
+    stage: str
+    loss: float
+    token_accuracy: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything known about how a run served its devices."""
+
+    run: RunRecord
+    rounds_merged: int
+    rows: tuple[DeviceLedgerRow, ...]
+    before: FairnessSummary | None  # of the global adapter as first received
+    after: FairnessSummary | None
+    ratio_against_gain: float | None  # Spearman of sketch ratio and loss fall
+    curve: tuple[CurvePoint, ...]
+    rounds: tuple[dict[str, Any], ...]
+    links: dict[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "run_id": self.run.run_id,
+            "finished": self.run.finished_at is not None,
+            "rounds_merged": self.rounds_merged,
+            "devices": [
+                {**dataclasses.asdict(r), "link": self.links.get(r.device_id, "")}
+                for r in self.rows
+            ],
+            "fairness_before": self.before and dataclasses.asdict(self.before),
+            "fairness_after": self.after and dataclasses.asdict(self.after),
+            "spearman_ratio_and_gain": self.ratio_against_gain,
+            "curve": [dataclasses.asdict(p) for p in self.curve],
+            "rounds": list(self.rounds),
+        }
+
+
+def build_report(records: Records, run_id: str) -> RunReport:
+    """The report of a run so far. Raises `ReportError` on an unknown run."""
+    run = records.run(run_id)
+    if run is None:
+        known = ", ".join(r.run_id for r in records.all_runs()) or "none"
+        raise ReportError(f"no run {run_id!r} here; runs kept: {known}")
+    history = records.all_rounds(run_id)
+    given = [a for a in records.assignments(run_id) if a.report is not None]
+    profiles = {d.device_id: d.profile for d in records.all_devices() if d.profile is not None}
+    shares = {r.round: r.detail.get("share", {}) for r in history}
+    spec = run.spec
+    dense = spec.rank * spec.parameters_per_rank * DENSE_BYTES_PER_VALUE
+    trained = sum(1 for r in history if r.phase == "merged" and not r.evaluate_only)
+    facts = [_fact(a, profiles, shares, spec.rank, dense) for a in given]
+    rows = ledger(facts, int(run.config["run"]["rounds"]))
+    weights = {a.assignment.device_id: float(a.report.train_examples)
+               for a in given if a.report is not None and a.report.train_examples}  # fmt: skip
+    before = {r.device_id: r.loss_before for r in rows if r.loss_before is not None}
+    after = {r.device_id: r.loss_after for r in rows if r.loss_after is not None}
+    both = [r for r in rows if r.loss_before is not None and r.loss_after is not None]
+    return RunReport(
+        run=run,
+        rounds_merged=trained,
+        rows=rows,
+        before=summarise(before, {d: weights.get(d, 1.0) for d in before}) if before else None,
+        after=summarise(after, {d: weights.get(d, 1.0) for d in after}) if after else None,
+        ratio_against_gain=spearman(
+            [r.ratio for r in both], [(r.loss_before or 0) - (r.loss_after or 0) for r in both]
+        ),
+        curve=tuple(_curve(given)),
+        rounds=tuple(
+            {
+                "round": r.round,
+                "phase": r.phase,
+                "evaluate_only": r.evaluate_only,
+                "seconds": None if r.closed_at is None else r.closed_at - r.opened_at,
+                "late": r.detail.get("late", []),
+                "aggregation_error": r.detail.get("aggregation_error"),
+                "merge_s": r.detail.get("merge_s"),
+            }
+            for r in history
+        ),
+        links={d: _link(p) for d, p in profiles.items()},
+    )
+
+
+def _fact(
+    record: AssignmentRecord,
+    profiles: dict[str, DeviceProfile],
+    shares: dict[int, dict[str, float]],
+    global_rank: int,
+    dense_bytes: int,
+) -> DeviceRound:
+    a, report = record.assignment, record.report
+    assert report is not None
+    merged = shares.get(record.merged_in, {}) if record.merged_in is not None else {}
+    sent = record.update_digest is not None
+    profile = profiles.get(a.device_id)
+    return DeviceRound(
+        round=a.round,
+        device_id=a.device_id,
+        board=profile.board if profile is not None else "",
+        rank=a.rank,
+        global_rank=global_rank,
+        reason=a.reason,
+        up_bytes=record.update_bytes or 0,
+        dense_bytes=dense_bytes if sent else 0,
+        report=report,
+        merged_share=merged.get(a.device_id, 0.0),
+    )
+
+
+def _curve(given: list[AssignmentRecord]) -> list[CurvePoint]:
+    return [
+        CurvePoint(
+            a.assignment.device_id, a.assignment.round, e.subject, e.stage, e.loss,
+            e.token_accuracy,
+        )
+        for a in given
+        if a.report is not None
+        for e in a.report.evaluations
+    ]  # fmt: skip
+
+
+def _link(profile: DeviceProfile) -> str:
+    if profile.link is None:
+        return ""
+    return f"{_rate(profile.link.up_bps)} up, {_rate(profile.link.down_bps)} down"
+
+
+def _rate(bps: float) -> str:
+    return f"{bps / 1e6:.3g} Mbit/s" if bps >= 1e5 else f"{bps / 1e3:.3g} kbit/s"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+DEVICE_COLUMNS = (
+    "device", "board", "code", "link (measured)", "k", "sent", "dense fp32", "saved", "busy",
+    "loss before", "loss after", "gap", "share",
+)  # fmt: skip
+
+
+def device_table(report: RunReport) -> list[list[str]]:
+    """The per-device table as text cells, one row a device, columns as `DEVICE_COLUMNS`."""
+    rank = report.run.spec.rank
+    return [
+        [
+            r.device_id,
+            r.board,
+            r.language,
+            report.links.get(r.device_id, ""),
+            f"{r.k}/{rank}",
+            _bytes(r.up_bytes),
+            _bytes(r.dense_bytes),
+            f"{r.compression:.0f}x" if r.compression else "-",
+            f"{r.seconds:.0f} s",
+            _number(r.loss_before),
+            _number(r.loss_after),
+            _number(r.gap, "+.3f"),
+            f"{r.update_share:.0%}",
+        ]
+        for r in report.rows
+    ]
+
+
+def fairness_lines(report: RunReport) -> list[str]:
+    """The fairness summary in sentences."""
+    if report.before is None or report.after is None:
+        return ["The whole adapter has not been measured twice yet: no fairness to report."]
+    a, b = report.before, report.after
+    lines = [
+        f"Fleet mean loss {a.mean:.3f} -> {b.mean:.3f} nats per token "
+        f"({(b.mean - a.mean) / a.mean:+.1%}); worst device {a.worst:.3f} -> {b.worst:.3f}.",
+        f"Range between devices {a.range:.3f} -> {b.range:.3f}, standard deviation "
+        f"{a.std:.3f} -> {b.std:.3f}, Jain index {a.jain:.3f} -> {b.jain:.3f}.",
+    ]
+    if report.ratio_against_gain is not None:
+        lines.append(
+            f"Spearman correlation of sketch ratio and loss fall over {len(report.rows)} devices: "
+            f"{report.ratio_against_gain:+.2f} (too few devices for a conclusion)."
+            if len(report.rows) < 10
+            else f"Spearman correlation of sketch ratio and loss fall: "
+            f"{report.ratio_against_gain:+.2f}."
+        )
+    return lines
+
+
+def reason_lines(report: RunReport) -> list[str]:
+    """Why each device was asked for its k."""
+    return [f"{r.device_id}: {r.reason}" for r in report.rows]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+

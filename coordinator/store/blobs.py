@@ -1,0 +1,64 @@
+"""Bytes by content: a folder of files named by their SHA-256, and uploads that grow beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from profiles.errors import SketchfleetError
+from protos.contract import BlobRef, Encoding
+from protos.transfer import PartFile, write_durably
+
+
+class UnknownBlobError(SketchfleetError):
+    """No blob of that digest is kept."""
+
+
+class BlobStore:
+    """`root/ab/abcdef…` for finished blobs, `root/uploads/ID` for what is still arriving."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "uploads").mkdir(parents=True, exist_ok=True)
+        self._parts: dict[str, PartFile] = {}
+
+    def path(self, digest: str) -> Path:
+        """Where the blob lies. Raises `UnknownBlobError`."""
+        path = self._place(digest)
+        if not path.is_file():
+            raise UnknownBlobError(f"blob {digest[:12]} is not kept here; ask for a new task")
+        return path
+
+    def put(self, data: bytes, encoding: Encoding) -> BlobRef:
+        """Keeps bytes durably; idempotent."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._place(digest)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, data)
+        return BlobRef(digest, len(data), encoding)
+
+    def drop(self, digest: str) -> None:
+        """Forgets a blob that nothing refers to any more."""
+        self._place(digest).unlink(missing_ok=True)
+
+    def part(self, upload_id: str, size_bytes: int) -> PartFile:
+        """The growing file of an upload; survives a restart of this process."""
+        part = self._parts.get(upload_id)
+        if part is None or part.size_bytes != size_bytes:
+            part = PartFile(self.root / "uploads" / upload_id, size_bytes)
+            self._parts[upload_id] = part
+        return part
+
+    def finish(self, upload_id: str, digest: str) -> Path:
+        """Turns a complete upload into a blob. Raises `TransferError` when the bytes differ."""
+        part = self._parts[upload_id]
+        target = self._place(digest)
+        part.finish(digest, target)
+        del self._parts[upload_id]
+        return target
+
+    def _place(self, digest: str) -> Path:
+        if len(digest) != 64 or not all(c in "0123456789abcdef" for c in digest):
+            raise UnknownBlobError("a blob is named by 64 hexadecimal digits")
+        return self.root / digest[:2] / digest

@@ -1,0 +1,432 @@
+"""Everything the coordinator must not forget, in one relational schema.
+
+SQLite in write-ahead mode with full synchronisation: a receipt is a promise. All times are Unix
+seconds. Facts travel in and out as the dataclasses of `protos.contract`, kept as their JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.dialects.sqlite import insert
+
+from profiles.device import DeviceProfile
+from profiles.errors import SketchfleetError
+from protos.contract import AdapterSpec, Assignment, LocalReport, canonical_json, from_json
+
+SCHEMA_VERSION = 1
+_meta = sql.MetaData()
+
+runs = sql.Table(
+    "runs", _meta,
+    sql.Column("run_id", sql.String, primary_key=True),
+    sql.Column("created_at", sql.Float, nullable=False),
+    sql.Column("config", sql.Text, nullable=False),
+    sql.Column("spec", sql.Text, nullable=False),
+    sql.Column("alive_at", sql.Float, nullable=False),
+    sql.Column("finished_at", sql.Float),
+)  # fmt: skip
+devices = sql.Table(
+    "devices", _meta,
+    sql.Column("device_id", sql.String, primary_key=True),
+    sql.Column("enrolled_at", sql.Float, nullable=False),
+    sql.Column("last_seen_at", sql.Float, nullable=False),
+    sql.Column("credential_hash", sql.String, nullable=False),
+    sql.Column("credential_expires_at", sql.Float, nullable=False),
+    sql.Column("profile", sql.Text),
+)  # fmt: skip
+adapters = sql.Table(
+    "adapters", _meta,
+    sql.Column("run_id", sql.String, primary_key=True),
+    sql.Column("version", sql.Integer, primary_key=True),
+    sql.Column("digest", sql.String, nullable=False),
+)  # fmt: skip
+rounds = sql.Table(
+    "rounds", _meta,
+    sql.Column("run_id", sql.String, primary_key=True),
+    sql.Column("round", sql.Integer, primary_key=True),
+    sql.Column("phase", sql.String, nullable=False),
+    sql.Column("evaluate_only", sql.Boolean, nullable=False),
+    sql.Column("opened_at", sql.Float, nullable=False),
+    sql.Column("deadline_at", sql.Float, nullable=False),
+    sql.Column("closed_at", sql.Float),
+    sql.Column("merged_at", sql.Float),
+    sql.Column("detail", sql.Text),
+)  # fmt: skip
+assignments = sql.Table(
+    "assignments", _meta,
+    sql.Column("assignment_id", sql.String, primary_key=True),
+    sql.Column("run_id", sql.String, nullable=False),
+    sql.Column("round", sql.Integer, nullable=False),
+    sql.Column("device_id", sql.String, nullable=False),
+    sql.Column("assignment", sql.Text, nullable=False),
+    sql.Column("predicted", sql.Text, nullable=False),
+    sql.Column("state", sql.String, nullable=False),
+    sql.Column("report", sql.Text),
+    sql.Column("update_digest", sql.String),
+    sql.Column("update_bytes", sql.Integer),
+    sql.Column("received_at", sql.Float),
+    sql.Column("merged_in", sql.Integer),
+    sql.UniqueConstraint("run_id", "round", "device_id"),
+)  # fmt: skip
+uploads = sql.Table(
+    "uploads", _meta,
+    sql.Column("upload_id", sql.String, primary_key=True),
+    sql.Column("assignment_id", sql.String, nullable=False),
+    sql.Column("digest", sql.String, nullable=False),
+    sql.Column("size_bytes", sql.Integer, nullable=False),
+)  # fmt: skip
+
+
+class StoreError(SketchfleetError):
+    """The state folder cannot be used."""
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """One enrolled device."""
+
+    device_id: str
+    enrolled_at: float
+    last_seen_at: float
+    profile: DeviceProfile | None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round; `phase` is "open", "merging" or "merged"."""
+
+    round: int
+    phase: str
+    evaluate_only: bool
+    opened_at: float
+    deadline_at: float
+    closed_at: float | None
+    merged_at: float | None
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AssignmentRecord:
+    """One assignment and what came of it; `state` is "issued", "arrived" or "failed"."""
+
+    assignment: Assignment
+    predicted: dict[str, Any]
+    state: str
+    report: LocalReport | None
+    update_digest: str | None
+    update_bytes: int | None
+    received_at: float | None
+    merged_in: int | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was asked for is in: the report and, if it trains, the update."""
+        return self.report is not None and (
+            self.update_digest is not None or not self.assignment.trains
+        )
+
+
+@dataclass(frozen=True)
+class UploadRecord:
+    """An update that is arriving."""
+
+    upload_id: str
+    assignment_id: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as it was started."""
+
+    run_id: str
+    created_at: float
+    config: dict[str, Any]
+    spec: AdapterSpec
+    alive_at: float
+    finished_at: float | None
+
+
+class Records:
+    """Typed access to the tables. Each public method is one transaction."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._engine = sql.create_engine(f"sqlite:///{path}")
+        sql.event.listen(self._engine, "connect", _configure)
+        try:
+            with self._engine.begin() as db:
+                version = db.execute(sql.text("PRAGMA user_version")).scalar_one()
+                if version not in (0, SCHEMA_VERSION):
+                    raise StoreError(
+                        f"{path} was written by another version (schema {version}, this one reads "
+                        f"{SCHEMA_VERSION}); use a new [server] state folder"
+                    )
+                _meta.create_all(db)
+                db.execute(sql.text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+        except sql.exc.SQLAlchemyError as error:
+            raise StoreError(f"{path} cannot be opened: {error.__cause__ or error}") from error
+
+    @contextmanager
+    def _db(self) -> Iterator[sql.Connection]:
+        with self._engine.begin() as db:
+            yield db
+
+    def close(self) -> None:
+        """Releases the database file."""
+        self._engine.dispose()
+
+    # --- runs -----------------------------------------------------------------------------------
+
+    def add_run(self, spec: AdapterSpec, config: dict[str, Any], initial: str, at: float) -> None:
+        """Starts a run with version 0 of its adapter."""
+        with self._db() as db:
+            db.execute(runs.insert().values(
+                run_id=spec.run_id, created_at=at, alive_at=at, config=json.dumps(config),
+                spec=canonical_json(spec).decode(),
+            ))  # fmt: skip
+            db.execute(adapters.insert().values(run_id=spec.run_id, version=0, digest=initial))
+
+    def run(self, run_id: str) -> RunRecord | None:
+        """The run of this name."""
+        with self._db() as db:
+            row = db.execute(runs.select().where(runs.c.run_id == run_id)).one_or_none()
+        return None if row is None else _run(row)
+
+    def all_runs(self) -> list[RunRecord]:
+        """Every run, oldest first."""
+        with self._db() as db:
+            return [_run(row) for row in db.execute(runs.select().order_by(runs.c.created_at))]
+
+    def alive(self, run_id: str, at: float) -> None:
+        """Notes that the coordinator was running, to measure an outage by."""
+        with self._db() as db:
+            db.execute(runs.update().where(runs.c.run_id == run_id).values(alive_at=at))
+
+    def finish_run(self, run_id: str, at: float) -> None:
+        """Marks the run as done."""
+        with self._db() as db:
+            db.execute(runs.update().where(runs.c.run_id == run_id).values(finished_at=at))
+
+    def adapter_digest(self, run_id: str, version: int | None = None) -> str | None:
+        """Blob of the global adapter: after `version` rounds, or the latest."""
+        query = sql.select(adapters.c.digest).where(adapters.c.run_id == run_id)
+        if version is not None:
+            query = query.where(adapters.c.version == version)
+        with self._db() as db:
+            return db.execute(query.order_by(adapters.c.version.desc()).limit(1)).scalar()
+
+    # --- devices --------------------------------------------------------------------------------
+
+    def put_device(self, device_id: str, credential_hash: str, expires_at: float, at: float) -> None:
+        """Enrols a device, or gives an enrolled one a new credential."""
+        values = {"credential_hash": credential_hash, "credential_expires_at": expires_at,
+                  "last_seen_at": at}  # fmt: skip
+        with self._db() as db:
+            db.execute(
+                insert(devices)
+                .values(device_id=device_id, enrolled_at=at, **values)
+                .on_conflict_do_update(index_elements=["device_id"], set_=values)
+            )
+
+    def credential(self, device_id: str) -> tuple[str, float] | None:
+        """(hash, expiry) of a device's credential."""
+        query = sql.select(devices.c.credential_hash, devices.c.credential_expires_at)
+        with self._db() as db:
+            row = db.execute(query.where(devices.c.device_id == device_id)).one_or_none()
+        return None if row is None else (row[0], row[1])
+
+    def seen(self, device_id: str, at: float, profile: DeviceProfile | None = None) -> None:
+        """Notes a sign of life and, when given, the device's newest profile."""
+        values: dict[str, Any] = {"last_seen_at": at}
+        if profile is not None:
+            values["profile"] = canonical_json(profile).decode()
+        with self._db() as db:
+            db.execute(devices.update().where(devices.c.device_id == device_id).values(**values))
+
+    def all_devices(self) -> list[DeviceRecord]:
+        """Every enrolled device by name."""
+        with self._db() as db:
+            return [
+                DeviceRecord(
+                    row.device_id, row.enrolled_at, row.last_seen_at,
+                    from_json(DeviceProfile, row.profile) if row.profile else None,
+                )
+                for row in db.execute(devices.select().order_by(devices.c.device_id))
+            ]  # fmt: skip
+
+    # --- rounds ---------------------------------------------------------------------------------
+
+    def open_round(
+        self, run_id: str, round_: int, evaluate_only: bool, opened_at: float, deadline_at: float,
+        planned: Sequence[tuple[Assignment, dict[str, Any]]],
+    ) -> None:  # fmt: skip
+        """Opens a round with its assignments; replaces an abandoned attempt at the same round."""
+        with self._db() as db:
+            here = (rounds.c.run_id == run_id) & (rounds.c.round == round_)
+            db.execute(rounds.delete().where(here))
+            db.execute(assignments.delete().where(
+                (assignments.c.run_id == run_id) & (assignments.c.round == round_)
+            ))  # fmt: skip
+            db.execute(rounds.insert().values(
+                run_id=run_id, round=round_, phase="open", evaluate_only=evaluate_only,
+                opened_at=opened_at, deadline_at=deadline_at,
+            ))  # fmt: skip
+            for assignment, predicted in planned:
+                db.execute(assignments.insert().values(
+                    assignment_id=assignment.assignment_id, run_id=run_id, round=round_,
+                    device_id=assignment.device_id, state="issued",
+                    assignment=canonical_json(assignment).decode(),
+                    predicted=json.dumps(predicted),
+                ))  # fmt: skip
+
+    def close_round(self, run_id: str, round_: int, detail: dict[str, Any], at: float) -> None:
+        """Freezes the set of updates that will be merged."""
+        self._set_round(run_id, round_, phase="merging", detail=json.dumps(detail), closed_at=at)
+
+    def publish_round(
+        self, run_id: str, round_: int, digest: str | None, merged: Sequence[str],
+        detail: dict[str, Any], at: float,
+    ) -> None:  # fmt: skip
+        """Commits the merged adapter, its receipts and its ledger facts together."""
+        with self._db() as db:
+            if digest is not None:
+                db.execute(
+                    insert(adapters)
+                    .values(run_id=run_id, version=round_ + 1, digest=digest)
+                    .on_conflict_do_update(
+                        index_elements=["run_id", "version"], set_={"digest": digest}
+                    )
+                )
+            db.execute(
+                assignments.update()
+                .where(assignments.c.assignment_id.in_(list(merged)))
+                .values(merged_in=round_)
+            )
+            db.execute(
+                rounds.update()
+                .where((rounds.c.run_id == run_id) & (rounds.c.round == round_))
+                .values(phase="merged", detail=json.dumps(detail), merged_at=at)
+            )
+
+    def move_deadline(self, run_id: str, round_: int, deadline_at: float) -> None:
+        """Gives a round the time back that the coordinator was away."""
+        self._set_round(run_id, round_, deadline_at=deadline_at)
+
+    def _set_round(self, run_id: str, round_: int, **values: Any) -> None:
+        with self._db() as db:
+            db.execute(
+                rounds.update()
+                .where((rounds.c.run_id == run_id) & (rounds.c.round == round_))
+                .values(**values)
+            )
+
+    def all_rounds(self, run_id: str) -> list[RoundRecord]:
+        """The rounds of a run in order."""
+        query = rounds.select().where(rounds.c.run_id == run_id).order_by(rounds.c.round)
+        with self._db() as db:
+            return [
+                RoundRecord(
+                    r.round, r.phase, r.evaluate_only, r.opened_at, r.deadline_at, r.closed_at,
+                    r.merged_at, json.loads(r.detail) if r.detail else {},
+                )
+                for r in db.execute(query)
+            ]  # fmt: skip
+
+    # --- assignments ----------------------------------------------------------------------------
+
+    def assignments(self, run_id: str, round_: int | None = None) -> list[AssignmentRecord]:
+        """Assignments of a run (or of one round) by round and device."""
+        query = assignments.select().where(assignments.c.run_id == run_id)
+        if round_ is not None:
+            query = query.where(assignments.c.round == round_)
+        with self._db() as db:
+            rows = db.execute(query.order_by(assignments.c.round, assignments.c.device_id)).all()
+        return [_assignment(row) for row in rows]
+
+    def assignment(self, assignment_id: str) -> AssignmentRecord | None:
+        """One assignment."""
+        with self._db() as db:
+            row = db.execute(
+                assignments.select().where(assignments.c.assignment_id == assignment_id)
+            ).one_or_none()
+        return None if row is None else _assignment(row)
+
+    def put_report(self, report: LocalReport) -> None:
+        """Keeps the report of an assignment; the first one stands."""
+        state = "arrived" if report.outcome == "done" else "failed"
+        with self._db() as db:
+            db.execute(
+                assignments.update()
+                .where(assignments.c.assignment_id == report.assignment_id)
+                .where(assignments.c.report.is_(None))
+                .values(report=canonical_json(report).decode(), state=state)
+            )
+
+    def put_update(self, assignment_id: str, digest: str, size_bytes: int, at: float) -> str:
+        """Keeps an update unless one is there; returns the digest that stands."""
+        with self._db() as db:
+            db.execute(
+                assignments.update()
+                .where(assignments.c.assignment_id == assignment_id)
+                .where(assignments.c.update_digest.is_(None))
+                .values(update_digest=digest, update_bytes=size_bytes, received_at=at)
+            )
+            return str(db.execute(
+                sql.select(assignments.c.update_digest)
+                .where(assignments.c.assignment_id == assignment_id)
+            ).scalar_one())  # fmt: skip
+
+    # --- uploads --------------------------------------------------------------------------------
+
+    def put_upload(self, upload: UploadRecord) -> None:
+        """Remembers an upload; repeating it changes nothing."""
+        with self._db() as db:
+            db.execute(
+                insert(uploads)
+                .values(
+                    upload_id=upload.upload_id, assignment_id=upload.assignment_id,
+                    digest=upload.digest, size_bytes=upload.size_bytes,
+                )
+                .on_conflict_do_nothing()
+            )  # fmt: skip
+
+    def upload(self, upload_id: str) -> UploadRecord | None:
+        """One upload."""
+        with self._db() as db:
+            row = db.execute(
+                uploads.select().where(uploads.c.upload_id == upload_id)
+            ).one_or_none()
+        if row is None:
+            return None
+        return UploadRecord(row.upload_id, row.assignment_id, row.digest, row.size_bytes)
+
+
+def _configure(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _run(row: Any) -> RunRecord:
+    return RunRecord(
+        row.run_id, row.created_at, json.loads(row.config), from_json(AdapterSpec, row.spec),
+        row.alive_at, row.finished_at,
+    )  # fmt: skip
+
+
+def _assignment(row: Any) -> AssignmentRecord:
+    return AssignmentRecord(
+        from_json(Assignment, row.assignment), json.loads(row.predicted), row.state,
+        from_json(LocalReport, row.report) if row.report else None,
+        row.update_digest, row.update_bytes, row.received_at, row.merged_in,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""What this machine is, from psutil, /proc and sysfs. No torch: compute and GPU facts come from
+the trainer, link facts from `link`.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
+from profiles.errors import MissingExtraError
+from profiles.link import LinkProfile
+
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def board_name(device_tree: Path = DEVICE_TREE_MODEL) -> str:
+    """The board as its device tree names it ("NVIDIA Jetson Orin Nano …"), else the architecture."""
+    try:
+        return device_tree.read_bytes().rstrip(b"\0").decode("utf-8", "replace").strip()
+    except OSError:
+        return f"{platform.machine()} computer"
+
+
+def cpu_name(cpu_info: Path = CPU_INFO) -> str:
+    """The processor as the kernel names it."""
+    try:
+        for line in cpu_info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model", "Hardware") and value.strip():
+                return value.strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def cgroup_limit_bytes(paths: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
+    """The memory limit of this control group; None when unlimited or unreadable."""
+    for path in paths:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:  # cgroup v1 writes a huge number for "none"
+            return int(text)
+    return None
+
+
+def probe(
+    *,
+    version: str,
+    state: Path,
+    board: str = "",
+    memory_cap_bytes: int | None = None,
+    gpu: GpuProfile | None = None,
+    compute: ComputeProfile | None = None,
+    link: LinkProfile | None = None,
+) -> DeviceProfile:
+    """The profile of this machine. Raises `MissingExtraError` without psutil."""
+    try:
+        import psutil
+    except ImportError as error:
+        raise MissingExtraError("psutil", "agent") from error
+    memory = psutil.virtual_memory()
+    limit = cgroup_limit_bytes()
+    caps = [cap for cap in (memory_cap_bytes, limit) if cap is not None]
+    existing = next(p for p in (state, *state.parents) if p.exists())
+    return DeviceProfile(
+        board=board or board_name(),
+        cpu=cpu_name(),
+        cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        memory_total_bytes=memory.total,
+        memory_available_bytes=memory.available,
+        memory_cap_bytes=min(caps) if caps else None,
+        disk_free_bytes=shutil.disk_usage(existing).free,
+        agent_version=version,
+        gpu=gpu,
+        compute=compute,
+        link=link,
+    )

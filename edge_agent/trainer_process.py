@@ -1,0 +1,114 @@
+"""The trainer seen from the agent: a child process that takes jobs as JSON lines.
+
+Launched by exec, never fork (gRPC does not survive a fork), possibly with another interpreter. A
+crash of it is an answer like any other; its memory goes back to the system when it is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import SketchfleetError
+
+LINE_LIMIT_BYTES = 1 << 20
+STOP_S = 10.0
+Progress = Callable[[dict[str, Any]], None]
+
+
+class TrainerError(SketchfleetError):
+    """The trainer could not do a job; `outcome` is one of `protos.contract.Outcome`."""
+
+    def __init__(self, outcome: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.outcome = outcome
+
+
+class TrainerProcess:
+    """Starts the trainer when there is a job and keeps it warm between jobs."""
+
+    def __init__(self, python: str, threads: int, log: Path) -> None:
+        self._python = python or sys.executable
+        self._threads = threads
+        self._log = log
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+        """Does one job; returns its result event.
+
+        Raises `TrainerError` on a named failure, outcome "crashed" when the process died.
+        """
+        process = await self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            await process.stdin.drain()
+            while line := await process.stdout.readline():
+                event: dict[str, Any] = json.loads(line)
+                match event["event"]:
+                    case "progress":
+                        if progress is not None:
+                            progress(event)
+                    case "result":
+                        return event
+                    case "error":
+                        raise TrainerError(event["outcome"], event["message"])
+        except (ConnectionError, ValueError) as error:
+            await self.stop()
+            raise TrainerError("crashed", f"the trainer broke off: {error}") from error
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+        code = await process.wait()
+        self._process = None
+        raise TrainerError("crashed", _explain_exit(code, self._log))
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        threads = str(self._threads)
+        with self._log.open("ab") as log:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    self._python, "-m", "edge_agent.training.trainer", "--threads", threads,
+                    stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
+                    limit=LINE_LIMIT_BYTES,
+                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads,
+                         "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
+                )  # fmt: skip
+            except OSError as error:
+                raise TrainerError(
+                    "crashed", f"trainer interpreter {self._python} cannot be started: {error}"
+                ) from error
+        return self._process
+
+    async def stop(self) -> None:
+        """Ends the process and gives its memory back."""
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()  # end of input is the request to stop
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_S)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def _explain_exit(code: int, log: Path) -> str:
+    if code == -9:
+        return "the trainer was killed, most likely by the kernel for want of memory"
+    last = ""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        last = f": {lines[-1]}" if lines else ""
+    return f"the trainer ended with exit code {code}{last}"

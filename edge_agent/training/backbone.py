@@ -1,0 +1,167 @@
+"""Loads the frozen base model, quantised as an assignment says, and settles the compute dtype.
+
+Knows transformers, bitsandbytes and what a processor can multiply fast. It knows no adapters,
+data or jobs. Loads local safetensors only: no pickles, no remote code, no network.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from edge_agent.training.memory import OutOfMemoryError, give_back, is_out_of_memory
+from profiles.errors import MissingExtraError
+from profiles.model import ModelError
+from protos.contract import Precision
+
+QUANTISED: tuple[Precision, ...] = ("nf4", "int8")
+
+
+class BackboneError(ModelError):
+    """The base model cannot be loaded; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded base; every parameter frozen, in evaluation mode."""
+
+    model: Any  # transformers.PreTrainedModel; its classes carry no usable types
+    tokenizer: Any
+    compute_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def separator_id(self) -> int:
+        """The token that stands between two documents."""
+        for found in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
+            if found is not None:
+                return int(found)
+        return 0
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def checkpointing(self, wanted: bool) -> None:
+        """Turns activation checkpointing of the decoder layers on or off."""
+        if wanted == self.model.is_gradient_checkpointing:
+            return
+        if wanted:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The base is frozen, so a checkpointed layer would see no input that wants gradients.
+            self.model.enable_input_require_grads()
+        else:
+            self.model.gradient_checkpointing_disable()
+            self.model.disable_input_require_grads()
+
+
+def pick_device() -> torch.device:
+    """The first CUDA card, else the processor."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32.
+
+    A processor without bf16 units emulates them 20 to 60 times slower than it does float32.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        tell: Any = getattr(torch.cpu, "get_capabilities", dict)  # older torch cannot
+        can = tell()
+        fast = bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_base(folder: Path, precision: Precision, device: torch.device) -> Backbone:
+    """Loads the model and tokenizer of `folder` onto `device`, frozen.
+
+    "nf4" is 4-bit NormalFloat with double quantisation, "int8" is LLM.int8; the rest of such a
+    model, and the sums, are in the compute dtype. "bf16" on hardware without bf16 units is
+    upcast to float32 when loaded: same values, twice the memory. "fp32" computes in float32.
+
+    Raises `BackboneError` when the folder does not load, `OutOfMemoryError` when it does not fit,
+    `MissingExtraError` without bitsandbytes.
+    """
+    _quieten()
+    dtype = torch.float32 if precision == "fp32" else compute_dtype(device)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            quantization_config=_quantisation(precision, dtype),
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except MissingExtraError:
+        raise
+    except Exception as error:  # transformers raises many unrelated types
+        if is_out_of_memory(error):
+            give_back()
+            raise OutOfMemoryError(
+                f"the base model in {folder} does not fit this device as {precision}; "
+                "let the coordinator plan a smaller precision"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(
+            f"the base model in {folder} cannot be loaded as {precision}: {reason}"
+        ) from error
+    model.requires_grad_(False)
+    model.eval()
+    if precision in QUANTISED:
+        _settle_quantised_layers(model, dtype)
+    return Backbone(model, tokenizer, dtype, device)
+
+
+def _quantisation(precision: Precision, dtype: torch.dtype) -> Any:
+    if precision not in QUANTISED:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "train") from error
+    make: Any = BitsAndBytesConfig  # untyped
+    if precision == "int8":
+        return make(load_in_8bit=True)
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _settle_quantised_layers(model: Any, dtype: torch.dtype) -> None:
+    """Makes 4-bit layers compute in `dtype` and stay trainable after an evaluation."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = dtype  # a pre-quantised folder brings its own
+            # On AVX512-BF16 processors the first evaluation would repack the weights for good, in
+            # a layout through which no gradient flows back, and with coarser block scales.
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _quieten() -> None:
+    speech: Any = transformers.logging  # untyped
+    speech.set_verbosity_error()
+    speech.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # LLM.int8 says at every matrix product that it casts its inputs.
+    warnings.filterwarnings("ignore", module=r"bitsandbytes.*")
+    warnings.filterwarnings("ignore", message=r".*MatMul8bitLt.*")
+    # transformers 5 renames its checkpointing calls; 4.57, which JetPack 6 ends at, has the old.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers.*")

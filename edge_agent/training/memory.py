@@ -1,0 +1,150 @@
+"""What the trainer process uses of memory, and what counts as running out of it.
+
+Knows the operating system's and torch's counters. It decides nothing about plans: it measures,
+compares with the cap it is given, and gives memory back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from profiles.device import GpuProfile
+from profiles.errors import SketchfleetError
+
+# Torch on Tegra reports an exhausted allocator through this assert (pytorch issue 185240).
+NVML_ASSERT = "NVML_SUCCESS == r"
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class OutOfMemoryError(SketchfleetError):
+    """The job needs more memory than this device, or its owner's cap, gives the trainer."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library means that memory ran out."""
+    if isinstance(error, (OutOfMemoryError, MemoryError, torch.OutOfMemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    # "can't allocate memory" is what torch's CPU allocator says.
+    return (
+        "out of memory" in text.lower()
+        or "can't allocate memory" in text
+        or (NVML_ASSERT in text and "INTERNAL ASSERT" in text)
+    )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def gigabytes(size_bytes: int) -> str:
+    """A size for a sentence."""
+    return f"{size_bytes / 1e9:.2f} GB"
+
+
+class MemoryWatch:
+    """The highest memory since the watch was made, and the owner's cap on it.
+
+    CPU: resident bytes of the process (the kernel's high-water mark where it can be reset, else
+    the highest of the samples taken by `check`). CUDA: bytes allocated on the card; where card
+    and processor share their memory (Jetson), both together.
+    """
+
+    def __init__(self, device: torch.device, cap_bytes: int | None = None) -> None:
+        self._device = device
+        self._cap_bytes = cap_bytes
+        self._highest_sample = 0
+        self._high_water = _reset_high_water()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest so far."""
+        host = self._host_peak_bytes()
+        if self._device.type != "cuda":
+            return host
+        card = int(torch.cuda.max_memory_allocated(self._device))
+        return card + host if _shares_memory(self._device) else card
+
+    def check(self) -> None:
+        """Raises `OutOfMemoryError` when the process holds more than the cap now."""
+        used = self._used_bytes()
+        if self._cap_bytes is not None and used > self._cap_bytes:
+            raise OutOfMemoryError(
+                f"the trainer holds {gigabytes(used)}, more than the {gigabytes(self._cap_bytes)} "
+                "its owner allows; raise the cap or let the coordinator plan a smaller task"
+            )
+
+    def _used_bytes(self) -> int:
+        host = resident_bytes()
+        self._highest_sample = max(self._highest_sample, host)
+        if self._device.type != "cuda":
+            return host
+        card = int(torch.cuda.memory_reserved(self._device))
+        return card + host if _shares_memory(self._device) else card
+
+    def _host_peak_bytes(self) -> int:
+        self._highest_sample = max(self._highest_sample, resident_bytes())
+        marked = _high_water_bytes() if self._high_water else 0
+        return max(marked, self._highest_sample)
+
+
+def give_back() -> None:
+    """Returns memory that nothing refers to any more to the card and the operating system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed pages, and the next job's peak would count the last one's base.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def gpu_facts(device: torch.device) -> GpuProfile | None:
+    """The accelerator in use; None on CPU."""
+    if device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    shared = _shares_memory(device)
+    # On shared memory CUDA counts cached file pages as taken; the kernel knows better.
+    free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info(device)[0]
+    return GpuProfile(
+        name=facts.name,
+        memory_total_bytes=int(facts.total_memory),
+        memory_free_bytes=int(free),
+        compute_capability=f"{facts.major}.{facts.minor}",
+        unified_memory=shared,
+    )
+
+
+def _shares_memory(device: torch.device) -> bool:
+    return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+
+
+def _reset_high_water() -> bool:
+    """Sets the kernel's high-water mark of this process to what it holds now, if it can."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return _high_water_bytes() > 0
+
+
+def _high_water_bytes() -> int:
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:")), 0)

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.training.corpus import CorpusError, detect_language, pack, scan, split_of, tokenise
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    return [list(t.encode()) for t in texts]
+
+
+def test_copies_secrets_and_binaries_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "copy.py").write_text("x = 1\n")
+    (tmp_path / "secrets.py").write_text("y = 2\n")
+    (tmp_path / "key.py").write_text("token = 'ghp_" + "a" * 36 + "'\n")
+    (tmp_path / "blob.py").write_bytes(b"\0\1\2")
+    (tmp_path / "data.csv").write_text("1,2\n")
+    corpus = scan([str(tmp_path)])
+    assert [f.text for f in corpus.files] == ["x = 1\n"]
+    assert corpus.skipped == {"copy": 1, "secret": 2, "binary": 1, "not source code": 1}
+
+
+def test_a_file_keeps_its_split_wherever_it_lies(tmp_path: Path, code_folder: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in code_folder.glob("*.py"):
+        (moved / f"renamed_{path.name}").write_text(path.read_text())
+    here, there = scan([str(code_folder)]), scan([str(moved)])
+    assert [(f.digest, f.split) for f in here.files] == [(f.digest, f.split) for f in there.files]
+
+
+def test_the_splits_share_no_file_and_follow_the_share(code_folder: Path) -> None:
+    corpus = scan([str(code_folder)], held_out_share=0.3)
+    train, held_out = corpus.of("train"), corpus.of("held_out")
+    assert len(train) + len(held_out) == 40
+    assert not {f.digest for f in train} & {f.digest for f in held_out}
+    assert 4 <= len(held_out) <= 20
+    assert split_of("0" * 64, 0.1) == "held_out"
+    assert split_of("f" * 64, 0.1) == "train"
+
+
+def test_the_summary_names_no_file(code_folder: Path) -> None:
+    summary = scan([str(code_folder)]).summary
+    assert summary.main_language == "python"
+    assert str(code_folder) not in repr(summary)
+    assert "weigh" not in repr(summary)
+
+
+def test_a_missing_folder_and_an_empty_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="does not exist"):
+        scan([str(tmp_path / "none")])
+    with pytest.raises(CorpusError, match="no source files"):
+        scan([str(tmp_path)])
+
+
+def test_selection_by_pattern_language_and_number(tmp_path: Path, code_folder: Path) -> None:
+    folder = str(code_folder)
+    assert len(scan([folder], max_files=5).files) == 5
+    assert len(scan([folder], exclude=["*_1?.py"]).files) == 30
+    with pytest.raises(CorpusError, match="40 other language"):
+        scan([folder], languages=["rust"])
+
+
+def test_scripts_are_known_by_their_first_line() -> None:
+    assert detect_language(Path("tool"), "#!/usr/bin/env python3.11\n") == "python"
+    assert detect_language(Path("tool"), "#!/bin/sh -e\n") == "shell"
+    assert detect_language(Path("tool"), "hello") is None
+
+
+def test_rows_are_the_stream_cut_and_the_tail_dropped() -> None:
+    rows = pack([[1, 2, 3], [4, 5]], separator_id=0, sequence_tokens=3)
+    np.testing.assert_array_equal(rows, [[0, 1, 2], [3, 0, 4]])
+    assert pack([], 0, 4).shape == (0, 4)
+
+
+def test_tokenise_stops_at_the_sequences_asked_for(code_folder: Path) -> None:
+    files = scan([str(code_folder)]).files
+    rows = tokenise(files, encode, 0, 16, max_sequences=3)
+    assert rows.shape == (3, 16)
+    np.testing.assert_array_equal(rows, tokenise(files, encode, 0, 16)[:3])

@@ -1,0 +1,72 @@
+"""Model shapes count what the published models have."""
+
+import pytest
+
+from profiles.model import ModelError, ModelShape
+
+# name: (config, parameters in millions, linear parameters in millions, c all-linear, c of q and v)
+PUBLISHED = {
+    "smollm2-135m": (("llama", 576, 30, 9, 3, 1536, 49152, True), 134.5, 106.2, 305_280, 57_600),
+    "smollm2-360m": (("llama", 960, 32, 15, 5, 2560, 49152, True), 361.8, 314.6, 542_720, 102_400),
+    "qwen-0.5b": (("qwen2", 896, 24, 14, 2, 4864, 151936, True), 494.0, 357.8, 549_888, 67_584),
+    "deepseek-1.3b": (
+        ("llama", 2048, 24, 16, 16, 5504, 32256, False), 1346.5, 1214.3, 936_960, 196_608,
+    ),
+    "qwen-1.5b": (
+        ("qwen2", 1536, 28, 12, 2, 8960, 151936, True), 1543.7, 1310.2, 1_154_048, 136_192,
+    ),
+    "starcoder2-3b": (
+        ("starcoder2", 3072, 30, 24, 2, 12288, 49152, True), 3030.4, 2878.3, 1_489_920, 284_160,
+    ),
+    "qwen-3b": (
+        ("qwen2", 2048, 36, 16, 2, 11008, 151936, True), 3085.9, 2774.5, 1_870_848, 230_400,
+    ),
+    "codellama-7b": (
+        ("llama", 4096, 32, 32, 32, 11008, 32016, False), 6738.5, 6476.0, 2_498_560, 524_288,
+    ),
+    "qwen-7b": (
+        ("qwen2", 3584, 28, 28, 4, 18944, 152064, False), 7615.6, 6525.3, 2_523_136, 315_392,
+    ),
+}  # fmt: skip
+
+
+def config(values: tuple[object, ...]) -> dict[str, object]:
+    keys = (
+        "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "intermediate_size", "vocab_size", "tie_word_embeddings",
+    )  # fmt: skip
+    return dict(zip(keys, values, strict=True))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shape_counts_the_published_parameters(name: str) -> None:
+    values, total, linear, c_all, c_qv = PUBLISHED[name]
+    shape = ModelShape.from_config(config(values))
+    assert shape.linear_parameters / 1e6 == pytest.approx(linear, abs=0.06)
+    # Biases (Qwen's q, k, v; StarCoder2's everywhere) are not counted: below 0.1 %.
+    counted = (shape.linear_parameters + shape.other_parameters) / 1e6
+    assert counted == pytest.approx(total, rel=1e-3)
+    assert sum(m.in_features + m.out_features for m in shape.modules(())) == c_all
+    qv = shape.modules(("q_proj", "v_proj"))
+    assert sum(m.in_features + m.out_features for m in qv) == c_qv
+
+
+def test_modules_come_layer_by_layer_whatever_the_order_of_targets() -> None:
+    shape = ModelShape.from_config(config(PUBLISHED["qwen-0.5b"][0]))
+    assert shape.modules(("v_proj", "q_proj")) == shape.modules(("q_proj", "v_proj"))
+    names = [m.name for m in shape.modules(("q_proj", "v_proj"))]
+    assert names[:3] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+
+
+def test_unknown_targets_and_architectures_are_named() -> None:
+    shape = ModelShape.from_config(config(PUBLISHED["starcoder2-3b"][0]))
+    with pytest.raises(ModelError, match="gate_proj do not exist in a starcoder2"):
+        shape.modules(("gate_proj",))
+    with pytest.raises(ModelError, match="'bert' is not supported"):
+        ModelShape.from_config({"model_type": "bert"})
+    with pytest.raises(ModelError, match="lacks a usable 'num_attention_heads'"):
+        ModelShape.from_config({"model_type": "llama"})

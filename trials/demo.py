@@ -1,0 +1,214 @@
+"""The demo: four devices with different code, memory and links fine-tune the shipped nano model.
+
+Everything runs as separate processes on loopback; nothing is downloaded. Ends with the table, the
+fairness summary, a picture, two completions, and where the adapter lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.export import export_peft
+from coordinator.merge import adapter_from_factors
+from coordinator.report import (
+    DEVICE_COLUMNS,
+    RunReport,
+    build_report,
+    device_table,
+    fairness_lines,
+    reason_lines,
+)
+from coordinator.serve import open_state
+from coordinator.store.records import Records
+from edge_agent.training.completion import complete
+from protos.packing import unpack
+from trials.fleet import DeviceSetup, FleetError, LocalFleet, fresh_folder
+from trials.picture import loss_picture
+
+NANO_CODE = Path(__file__).resolve().parent / "nano_code"
+PATIENCE_S = 900.0
+PROMPT = "def test_degree(self):\n    G = nx."
+
+
+def devices() -> list[DeviceSetup]:
+    """Four emulated devices over code that every installation holds and the base never saw."""
+    site = sysconfig.get_paths()["purelib"]
+    return [
+        DeviceSetup(
+            "workstation", [f"{site}/sympy"], board="workstation, 2 GB cap",
+            exclude=["*/tests/*"], languages=["python"], max_files=160,
+            memory_mb=2000, up="50M", down="50M", delay_ms=2,
+        ),
+        DeviceSetup(
+            "laptop", [f"{site}/networkx/**/tests/*.py"], board="laptop, 1.2 GB cap",
+            languages=["python"], max_files=120,
+            memory_mb=1200, up="4M", down="16M", delay_ms=10,
+        ),
+        DeviceSetup(
+            "lab-board", [f"{site}/torch/include/torch", f"{site}/torch/include/ATen/core"],
+            board="board, 0.9 GB cap",
+            languages=["c-header"], max_files=160,
+            memory_mb=900, up="800k", down="3M", delay_ms=25,
+        ),
+        DeviceSetup(
+            "field-board", [f"{site}/numpy"], board="board, 0.8 GB cap",
+            languages=["python-stub"], max_files=160,
+            memory_mb=800, up="250k", down="1M", delay_ms=60,
+        ),
+    ]  # fmt: skip
+
+
+def run_sections(rounds: int) -> dict[str, dict[str, Any]]:
+    """run.toml of the demo."""
+    return {
+        "run": {"name": "demo", "seed": 7, "rounds": rounds},
+        "model": {"base": str(NANO_CODE)},
+        "adapter": {"rank": 32, "alpha": 64.0},
+        "method": {"name": "fslora"},
+        "training": {
+            "precision": "nf4", "sequence_tokens": 128, "micro_batch": 4, "local_steps": 15,
+            "min_local_steps": 8, "learning_rate": 5e-3, "checkpointing": False,
+        },
+        "round": {"min_devices": 4, "gather_s": 1, "quorum": 0.75, "round_s": 22,
+                  "max_round_s": 120, "min_rank": 2},
+        "wire": {"update": "int8", "slice": "bfloat16", "global_adapter": "bfloat16"},
+        "evaluation": {"every_rounds": 2, "sequences": 24, "held_out_share": 0.2},
+    }  # fmt: skip
+
+
+def own_data(setups: Sequence[DeviceSetup], chosen: Sequence[str]) -> list[DeviceSetup]:
+    """The devices with the folders a user pointed them at. Raises `FleetError`."""
+    by_name = {d.name: d for d in setups}
+    for choice in chosen:
+        name, separator, folder = choice.partition("=")
+        if not separator or name not in by_name:
+            raise FleetError(
+                f"--data {choice!r} is not NAME=FOLDER with NAME one of {', '.join(by_name)}"
+            )
+        by_name[name] = dataclasses.replace(
+            by_name[name], include=[str(Path(folder).expanduser().resolve())], languages=(),
+            exclude=(), max_files=None,
+        )  # fmt: skip
+    return list(by_name.values())
+
+
+def demo(out: Path, rounds: int, chosen: Sequence[str]) -> int:
+    """Runs it; returns the exit code."""
+    console = Console()
+    folder = fresh_folder(out).resolve()
+    setups = own_data(devices(), chosen)
+    console.print(
+        f"[bold]Sketchfleet demo[/]: one coordinator and {len(setups)} agents on loopback, "
+        f"{rounds} rounds. Logs and state in {escape(str(out))}."
+    )
+    started = time.monotonic()
+    with LocalFleet(folder, run_sections(rounds), setups) as fleet:
+        fleet.start()
+        records, blobs = open_state(fleet.state)
+        _watch(fleet, records, console, started, rounds)
+        report = build_report(records, fleet.run_id)
+    seconds = time.monotonic() - started
+    spec = report.run.spec
+    digest = records.adapter_digest(fleet.run_id)
+    assert digest is not None
+    adapter = adapter_from_factors(spec, unpack(blobs.path(digest).read_bytes(), spec, spec.rank))
+    exported = export_peft(spec, adapter, folder / "adapter", str(NANO_CODE))
+    picture = loss_picture(report, folder / "loss.png")
+    records.close()
+    _show(console, report, seconds)
+    _completions(console, exported)
+    console.print(f"\nLoss per device over rounds: [bold]{escape(str(out / picture.name))}[/]")
+    console.print(f"Adapter (PEFT folder):       [bold]{escape(str(out / exported.name))}[/]")
+    console.print(
+        "Every device above trained on its own files; only adapter rows crossed the links."
+    )
+    return 0
+
+
+def _watch(
+    fleet: LocalFleet, records: Records, console: Console, started: float, rounds: int
+) -> None:
+    """Shows progress until the run is finished. Raises `FleetError` when a process fails."""
+    told: set[str] = set()
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        while True:
+            for name in fleet.processes:
+                fleet.check(name)
+            run = records.run(fleet.run_id)
+            history = records.all_rounds(fleet.run_id)
+            live.update(_progress(fleet, records, len(history), rounds, started))
+            for r in history:
+                mark = f"{r.round}.{r.phase}"
+                if r.phase == "merged" and mark not in told:
+                    told.add(mark)
+                    console.print(_round_line(records, fleet.run_id, r.round, r.evaluate_only,
+                                              time.monotonic() - started))  # fmt: skip
+            if run is not None and run.finished_at is not None:
+                return
+            if time.monotonic() - started > PATIENCE_S:
+                raise FleetError(f"the demo did not finish within {PATIENCE_S:.0f} s; see "
+                                 f"{fleet.log('coordinator')}")  # fmt: skip
+            time.sleep(0.25)
+
+
+def _round_line(records: Records, run_id: str, round_: int, final: bool, at_s: float) -> str:
+    given = records.assignments(run_id, round_)
+    losses = []
+    for a in given:
+        for subject, stage in (("global", "received"), ("slice", "trained")):
+            e = a.report and a.report.evaluation(subject, stage)  # type: ignore[arg-type]
+            if e:
+                losses.append(f"{a.assignment.device_id} {subject} {e.loss:.3f}")
+                break
+    name = "final evaluation" if final else f"round {round_ + 1} merged"
+    return f"[dim]{at_s:5.0f} s[/]  {name}: {'  '.join(losses)}"
+
+
+def _progress(
+    fleet: LocalFleet, records: Records, opened: int, rounds: int, started: float
+) -> Panel:
+    table = Table("device", "board", "doing", "k", "step", "loss", box=box.SIMPLE, expand=True)
+    for device in fleet.devices:
+        s = fleet.status(device.name)
+        step = f"{s['step']}/{s['steps']}" if "step" in s else ""
+        loss = f"{s['loss']:.3f}" if "loss" in s else ""
+        table.add_row(device.name, device.board, s.get("phase", "starting"),
+                      str(s.get("k", "")), step, loss)  # fmt: skip
+    shown = min(opened, rounds)
+    title = f"round {shown} of {rounds}" if opened <= rounds else "final evaluation"
+    return Panel(table, title=f"{title}, {time.monotonic() - started:.0f} s", box=box.ROUNDED)
+
+
+def _show(console: Console, report: RunReport, seconds: float) -> None:
+    table = Table(*DEVICE_COLUMNS, box=box.SIMPLE_HEAD, title="Per device")
+    for row in device_table(report):
+        table.add_row(*row)
+    console.print(table)
+    for line in reason_lines(report):
+        console.print(f"  {escape(line)}", highlight=False)
+    console.print()
+    for line in fairness_lines(report):
+        console.print(escape(line))
+    console.print(f"{report.rounds_merged} rounds in {seconds:.0f} s.")
+
+
+def _completions(console: Console, exported: Path) -> None:
+    base = complete(str(NANO_CODE), None, PROMPT, 56)
+    tuned = complete(str(NANO_CODE), exported, PROMPT, 56)
+    table = Table("base model", "tuned by the fleet", box=box.SIMPLE_HEAD, show_lines=False,
+                  title=f"Completions of {PROMPT!r}")  # fmt: skip
+    table.add_row(Text(base), Text(tuned))
+    console.print(Group(Text(""), table))

@@ -1,0 +1,225 @@
+"""A fleet on this machine: one coordinator, agents, and a relay per link, as real processes.
+
+Knows how to write their configuration, start, watch, kill and stop them. What they do is theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import SketchfleetError
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+class FleetError(SketchfleetError):
+    """A process of the fleet ended when it should not have."""
+
+
+@dataclass(frozen=True)
+class DeviceSetup:
+    """One emulated device. Rates as `trials.relay` reads them ("400k", "5M"); none: no relay."""
+
+    name: str
+    include: Sequence[str]
+    board: str = ""
+    exclude: Sequence[str] = ()
+    languages: Sequence[str] = ()
+    max_files: int | None = None
+    memory_mb: int | None = None
+    up: str = ""
+    down: str = ""
+    delay_ms: float = 0.0
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_toml(path: Path, sections: Sections) -> None:
+    """Writes sections of plain values; JSON literals are TOML ones for what is used here."""
+    lines = []
+    for name, section in sections.items():
+        lines.append(f"[{name}]")
+        lines += [
+            f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None
+        ]
+        lines.append("")
+    path.write_text("\n".join(lines))
+
+
+@dataclass
+class LocalFleet:
+    """Processes under `folder`; use as a context manager, which stops what still runs."""
+
+    folder: Path
+    run: Sections  # run.toml less [server]
+    devices: Sequence[DeviceSetup]
+    port: int = field(default_factory=free_port)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __enter__(self) -> LocalFleet:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_toml(self.folder / "run.toml", {
+            **self.run, "server": {"listen": f"127.0.0.1:{self.port}", "state": "coordinator"},
+        })  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    @property
+    def state(self) -> Path:
+        """The coordinator's state folder."""
+        return self.folder / "coordinator"
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run."""
+        return str(self.run["run"]["name"])
+
+    def start_coordinator(self, *arguments: str) -> None:
+        """Starts (or, after a kill, restarts) the coordinator."""
+        self._start("coordinator", "coordinator.cli", "serve", "--config",
+                    str(self.folder / "run.toml"), *arguments)  # fmt: skip
+
+    def start_agent(self, device: DeviceSetup) -> None:
+        """Starts an agent, behind its own relay when its link is shaped."""
+        port = self._relay(device) if device.up or device.down else self.port
+        folder = self.folder / device.name
+        folder.mkdir(exist_ok=True)
+        write_toml(folder / "agent.toml", {
+            "device": {"name": device.name, "board": device.board},
+            "coordinator": {"address": f"127.0.0.1:{port}",
+                            "token_file": str(self.state / "join-token")},
+            "data": {"include": list(device.include), "exclude": list(device.exclude),
+                     "languages": list(device.languages), "max_files": device.max_files},
+            "limits": {"memory_mb": device.memory_mb, "threads": 1},
+            "state": {"folder": "state"},
+        })  # fmt: skip
+        self._start(device.name, "edge_agent.cli", "run", "--config", str(folder / "agent.toml"))
+
+    def start(self) -> None:
+        """Starts everything, the coordinator first."""
+        self.start_coordinator()
+        self.await_token()
+        for device in self.devices:
+            self.start_agent(device)
+
+    def await_token(self, patience_s: float = 30.0) -> None:
+        """Waits until the coordinator listens. Raises `FleetError` with its last words."""
+        until = time.monotonic() + patience_s
+        while time.monotonic() < until:
+            self.check("coordinator")
+            with contextlib.suppress(OSError), socket.create_connection(
+                ("127.0.0.1", self.port), timeout=0.2
+            ):
+                return
+            time.sleep(0.1)
+        raise FleetError(f"the coordinator did not listen within {patience_s:.0f} s; see "
+                         f"{self.log('coordinator')}")  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to one process (and, for an agent, to its trainer)."""
+        process = self.processes[name]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def running(self, name: str) -> bool:
+        """Whether a process still runs."""
+        return self.processes[name].poll() is None
+
+    def check(self, name: str) -> None:
+        """Raises `FleetError` with the last line of its log when a process has failed."""
+        process = self.processes[name]
+        if process.poll() not in (None, 0):
+            lines = self.log(name).read_text(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "no output"
+            raise FleetError(f"{name} ended with exit code {process.returncode}: {last}")
+
+    def log(self, name: str) -> Path:
+        """The log of a process."""
+        return self.folder / f"{name}.log"
+
+    def status(self, device: str) -> dict[str, Any]:
+        """What an agent last said it was doing; empty before it said anything."""
+        try:
+            plain: dict[str, Any] = json.loads(
+                (self.folder / device / "state" / "status.json").read_text()
+            )
+        except (OSError, ValueError):
+            return {}
+        return plain
+
+    def _relay(self, device: DeviceSetup) -> int:
+        name = f"{device.name}.link"
+        running = self.processes.get(name)
+        if running is not None and running.poll() is None:
+            return int((self.folder / f"{name}.port").read_text())
+        out = self.folder / f"{name}.port.json"
+        out.unlink(missing_ok=True)
+        with out.open("wb") as stdout, self.log(name).open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "trials.relay", "--listen", "0", "--target",
+                 str(self.port), "--up", device.up, "--down", device.down,
+                 "--delay-ms", str(device.delay_ms)],
+                stdout=stdout, stderr=log, env=_environment(), start_new_session=True,
+            )  # fmt: skip
+        until = time.monotonic() + 15
+        while time.monotonic() < until:
+            self.check(name)
+            if (text := out.read_text()).endswith("\n"):
+                port = int(json.loads(text)["port"])
+                (self.folder / f"{name}.port").write_text(str(port))
+                return port
+            time.sleep(0.05)
+        raise FleetError(f"the link of {device.name} did not come up; see {self.log(name)}")
+
+    def _start(self, name: str, module: str, *arguments: str) -> None:
+        with self.log(name).open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdout=log, stderr=log, env=_environment(), start_new_session=True,
+            )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty folder of that name; an earlier one of ours is replaced, anything else is kept.
+
+    Raises `FleetError` when the folder holds something that a fleet did not write.
+    """
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / "run.toml").is_file():
+            raise FleetError(f"{folder} holds other files; choose another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
