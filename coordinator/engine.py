@@ -237,9 +237,7 @@ class Engine:
                     self._plan(effect)
                 case rounds.CloseRound():
                     detail = {"on_time": list(effect.on_time), "late": list(effect.late)}
-                    self._records.close_round(
-                        self.spec.run_id, effect.round, detail, self._clock()
-                    )
+                    self._records.close_round(self.spec.run_id, effect.round, detail, self._clock())
                     self._spawn(self._close(effect))
                 case rounds.RefuseLate():
                     log.warning("late update refused", extra={"device_id": effect.device_id})
@@ -311,14 +309,15 @@ class Engine:
             for p in plan.devices
         ]
         now = self._clock()
-        self._records.open_round(
-            self.spec.run_id, effect.round, effect.evaluate_only, now, now + plan.round_s, planned
-        )
-        log.info("round opened", extra={"round": effect.round, "devices": len(planned),
-                                        "round_s": round(plan.round_s, 1)})  # fmt: skip
         self._feed(rounds.RoundPlanned(
             now, effect.round, tuple(a.device_id for a, _ in planned), plan.round_s
         ))  # fmt: skip
+        self._records.open_round(
+            self.spec.run_id, effect.round, effect.evaluate_only, now, self.state.deadline_at_s,
+            planned,
+        )  # fmt: skip
+        log.info("round opened", extra={"round": effect.round, "devices": len(planned),
+                                        "round_s": round(plan.round_s, 1)})  # fmt: skip
 
     def _assignment(
         self,
@@ -587,14 +586,9 @@ class Engine:
         return upload
 
     def _refuse_too_late(self, assignment: Assignment) -> None:
-        late = self.state.round - assignment.round
-        over = self.state.phase == "finished" or self.state.evaluating
-        if late > self._policy.late_rounds or (over and assignment.trains):
-            raise RefusalError(
-                Reason.TOO_LATE,
-                f"round {assignment.round} closed {late} rounds ago and [round] late_rounds is "
-                f"{self._policy.late_rounds}; drop this update and ask for a new task",
-            )
+        why = rounds.too_late(self.state, assignment.round, self._policy)
+        if why is not None:
+            raise RefusalError(Reason.TOO_LATE, f"{why}; drop it and ask for a new task")
 
     def _check_update(self, path: Path, assignment: Assignment) -> None:
         reader: PackedReader = open_packed(
@@ -625,4 +619,3 @@ def recorded_plans(records: Sequence[AssignmentRecord]) -> list[dict[str, Any]]:
         {"round": r.assignment.round, "round_s": r.assignment.deadline_s, "plan": r.predicted}
         for r in records
     ]
-

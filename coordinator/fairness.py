@@ -66,8 +66,8 @@ class DeviceLedgerRow:
     up_bytes: int
     dense_bytes: int
     seconds: float
-    loss_before: float | None  # of the whole adapter, when first received
-    loss_after: float | None  # of the whole adapter, when last received; None if measured once
+    loss_before: float | None  # of the whole adapter, when first received; None if measured once
+    loss_after: float | None  # when last received; None if measured once
     gap: float | None  # loss_after less the fleet's mean loss_after
     rounds_joined: int
     update_share: float  # mean share of the merge over the run's rounds
@@ -177,7 +177,7 @@ def ledger(facts: Iterable[DeviceRound], rounds: int) -> tuple[DeviceLedgerRow, 
                 up_bytes=sum(f.up_bytes for f in of),
                 dense_bytes=sum(f.dense_bytes for f in of),
                 seconds=math.fsum(_seconds(f.report) for f in of),
-                loss_before=losses[device][0] if losses[device] else None,
+                loss_before=losses[device][0] if device in after else None,
                 loss_after=after.get(device),
                 gap=after[device] - mean if device in after else None,
                 rounds_joined=sum(f.round < rounds and f.report.outcome == "done" for f in of),

@@ -86,13 +86,15 @@ def build_report(records: Records, run_id: str) -> RunReport:
     spec = run.spec
     dense = spec.rank * spec.parameters_per_rank * DENSE_BYTES_PER_VALUE
     trained = sum(1 for r in history if r.phase == "merged" and not r.evaluate_only)
+    opened = sum(1 for r in history if not r.evaluate_only)
     facts = [_fact(a, profiles, shares, spec.rank, dense) for a in given]
-    rows = ledger(facts, int(run.config["run"]["rounds"]))
+    rows = ledger(facts, opened)
     weights = {a.assignment.device_id: float(a.report.train_examples)
                for a in given if a.report is not None and a.report.train_examples}  # fmt: skip
-    before = {r.device_id: r.loss_before for r in rows if r.loss_before is not None}
-    after = {r.device_id: r.loss_after for r in rows if r.loss_after is not None}
+    # Only devices measured at both ends, or the two summaries would be of different fleets.
     both = [r for r in rows if r.loss_before is not None and r.loss_after is not None]
+    before = {r.device_id: r.loss_before for r in both if r.loss_before is not None}
+    after = {r.device_id: r.loss_after for r in both if r.loss_after is not None}
     return RunReport(
         run=run,
         rounds_merged=trained,
@@ -229,4 +231,3 @@ def reason_lines(report: RunReport) -> list[str]:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
-

@@ -163,6 +163,22 @@ def extended(state: RunState, downtime_s: float) -> RunState:
     return replace(state, deadline_at_s=state.deadline_at_s + downtime_s)
 
 
+def too_late(state: RunState, round_: int, policy: RoundPolicy) -> str | None:
+    """Why an update of this round can no longer be merged; None if it can."""
+    if state.phase == "open" and round_ == state.round and not state.evaluating:
+        return None
+    merges_in = state.round + 1 if state.phase == "merging" else state.round
+    behind = merges_in - round_
+    if state.phase == "finished" or merges_in >= policy.rounds:
+        return f"update of round {round_}: the last training round is closed, nothing is merged"
+    if behind > policy.late_rounds:
+        return (
+            f"update of round {round_}: it comes {behind} rounds late, this run accepts "
+            f"{policy.late_rounds}"
+        )
+    return None
+
+
 def advance(
     state: RunState, event: Event, policy: RoundPolicy
 ) -> tuple[RunState, tuple[Effect, ...]]:
@@ -227,15 +243,9 @@ def _arrived(
     if owed not in state.outstanding:
         return state, ()  # counted before, or never asked for
     state = replace(state, outstanding=state.outstanding - {owed})
-    merges_in = state.round + 1 if state.phase == "merging" else state.round
-    behind = merges_in - event.round
-    if state.phase == "finished" or merges_in >= policy.rounds:
-        why = "the last training round is closed, nothing is merged any more"
-    elif behind > policy.late_rounds:
-        why = f"it comes {behind} rounds late, this run accepts {policy.late_rounds}"
-    else:
-        return replace(state, late=tuple(sorted((*state.late, owed)))), ()
-    return state, (RefuseLate(device, event.round, f"update of round {event.round}: {why}"),)
+    if (why := too_late(state, event.round, policy)) is not None:
+        return state, (RefuseLate(device, event.round, why),)
+    return replace(state, late=tuple(sorted((*state.late, owed)))), ()
 
 
 def _failed(state: RunState, event: Failed) -> RunState:

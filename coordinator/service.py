@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -78,7 +79,7 @@ def answered(handler: Handler[R]) -> Handler[R]:
     async def wrapped(self: Any, request: Any, context: Any) -> R:
         try:
             return await handler(self, request, context)
-        except Exception as error:  # noqa: BLE001 - the rim: everything becomes a status
+        except Exception as error:  # the rim: everything becomes a status
             await _refuse(context, error)
             raise
 
@@ -209,9 +210,7 @@ class TransferService(_Authenticated, rpc.TransferServiceServicer):
     @answered
     async def CommitPush(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Accepts an update."""
-        receipt, outcome = await self._engine.commit_push(
-            self._device(context), request.upload_id
-        )
+        receipt, outcome = await self._engine.commit_push(self._device(context), request.upload_id)
         return pb.CommitPushResponse(receipt=receipt, outcome=outcome)
 
 
@@ -230,8 +229,6 @@ def _task_message(task: Task) -> Any:
 @functools.cache
 def _noise(size: int) -> bytes:
     """Bytes that no link compresses."""
-    import os
-
     return os.urandom(size)
 
 

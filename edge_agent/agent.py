@@ -140,9 +140,7 @@ class Agent:
                 "coordinator's state folder and set [coordinator] token_file"
             ) from error
         self.status("enrolling")
-        valid_s = await self.link.enroll(
-            token, self.config.device.name, version(), FIRST_CONTACT_S
-        )
+        valid_s = await self.link.enroll(token, self.config.device.name, version(), FIRST_CONTACT_S)
         self._keep_credential(valid_s)
 
     def _keep_credential(self, valid_s: float) -> None:

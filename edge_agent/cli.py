@@ -144,10 +144,21 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from edge_agent.training.completion import complete
+    """Hands over to the training room: this process stays without torch."""
+    import importlib.util
+    import os
 
-    print(complete(args.base, args.adapter, args.prompt, args.max_new_tokens))
-    return 0
+    from profiles.errors import MissingExtraError
+
+    for package in ("torch", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "train")
+    words = ["--base", args.base, "--prompt", args.prompt,
+             "--max-new-tokens", str(args.max_new_tokens)]  # fmt: skip
+    if args.adapter is not None:
+        words += ["--adapter", str(args.adapter)]
+    module = "edge_agent.training.completion"
+    os.execv(sys.executable, [sys.executable, "-m", module, *words])  # noqa: S606 - our own module
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def _host_name() -> str:
 class DeviceSection(_Section):
     """Who this device is."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", default_factory=_host_name)]
+    name: str = Field(default_factory=_host_name, pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """Unique in the fleet and stable; the host name unless given."""
     board: str = ""
     """What to call it in reports; recognised when empty."""
@@ -87,7 +87,7 @@ class AgentConfig(_Section):
     """Everything the agent needs, checked."""
 
     data: DataSection
-    device: DeviceSection = Field(default_factory=lambda: DeviceSection())
+    device: DeviceSection = Field(default_factory=DeviceSection)
     coordinator: CoordinatorSection = CoordinatorSection()
     model: ModelSection = ModelSection()
     limits: LimitsSection = LimitsSection()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -86,8 +87,8 @@ class Link:
 
     async def close(self) -> None:
         """Hangs up."""
-        await self._control.close()
-        await self._bulk.close()
+        await self._control.close(None)
+        await self._bulk.close(None)
 
     @property
     def _metadata(self) -> tuple[tuple[str, str], ...]:
@@ -154,7 +155,7 @@ class Link:
             )
             while part.length < blob.size_bytes:
                 chunk = await asyncio.wait_for(stream.read(), timeout=STALL_S)
-                if chunk is grpc.aio.EOF:
+                if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
                     break
                 part.write(chunk.offset, chunk.data, chunk.crc32)
             part.finish(blob.digest, target)
@@ -253,7 +254,7 @@ class Link:
 
     async def _probe_once(self, up_bytes: int, down_bytes: int) -> tuple[float, float, float]:
         """(up bit/s, down bit/s, seconds of the slower direction)."""
-        block = random.randbytes(min(16 * 1024, up_bytes))
+        block = os.urandom(min(16 * 1024, up_bytes))
 
         async def payload() -> AsyncIterator[Any]:
             sent = 0

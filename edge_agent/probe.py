@@ -21,7 +21,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def board_name(device_tree: Path = DEVICE_TREE_MODEL) -> str:
-    """The board as its device tree names it ("NVIDIA Jetson Orin Nano …"), else the architecture."""
+    """The board as its device tree names it ("NVIDIA Jetson Orin …"), else the architecture."""
     try:
         return device_tree.read_bytes().rstrip(b"\0").decode("utf-8", "replace").strip()
     except OSError:

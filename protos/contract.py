@@ -11,7 +11,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict
@@ -35,7 +34,7 @@ class Reason(StrEnum):
     """Why a call was refused."""
 
     BAD_TOKEN = "BAD_TOKEN"  # noqa: S105 - a reason, not a secret
-    BAD_CREDENTIAL = "BAD_CREDENTIAL"  # noqa: S105
+    BAD_CREDENTIAL = "BAD_CREDENTIAL"
     BAD_REQUEST = "BAD_REQUEST"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     UNKNOWN_BLOB = "UNKNOWN_BLOB"
@@ -187,9 +186,7 @@ class LocalReport:
 
     def evaluation(self, subject: Subject, stage: Stage) -> Evaluation | None:
         """The evaluation of that subject at that stage, if it was made."""
-        return next(
-            (e for e in self.evaluations if (e.subject, e.stage) == (subject, stage)), None
-        )
+        return next((e for e in self.evaluations if (e.subject, e.stage) == (subject, stage)), None)
 
 
 @dataclass(frozen=True)
@@ -202,9 +199,13 @@ class ProfileRequest:
     rank: int
 
 
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapters: dict[Any, TypeAdapter[Any]] = {}  # building one costs a hundred conversions
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 def to_plain(fact: Any) -> dict[str, Any]:

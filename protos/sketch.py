@@ -33,7 +33,7 @@ def keyed_stream(purpose: str, *parts: int | str) -> np.random.Philox:
     return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
 
 
-def sketch_rows(  # noqa: PLR0917 -- what both ends must agree on, in one order
+def sketch_rows(
     seed: int, round_: int, module: str, rank: int, offset: int, k: int
 ) -> NDArray[np.int64]:
     """Sorted indices (k,) int64 of the rows a device holds, the same for both factors.

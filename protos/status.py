@@ -57,7 +57,7 @@ def reason_of(error: grpc.RpcError) -> tuple[Reason | None, str]:
     """(reason, sentence) of a failed call; reason None when the transport failed."""
     sentence = error.details() or str(error.code())
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]
     except ValueError:
         return None, sentence
     for detail in status.details if status is not None else ():

@@ -142,7 +142,8 @@ class PartFile:
         if (found := sha256_of(self.path)) != digest:
             self.restart()
             raise TransferError(
-                f"the bytes have digest {found[:12]}, not the promised {digest[:12]}; send them again"
+                f"the bytes have digest {found[:12]}, not the promised {digest[:12]}; "
+                "send them again"
             )
         self.close()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -134,8 +134,9 @@ class LocalFleet:
         until = time.monotonic() + patience_s
         while time.monotonic() < until:
             self.check("coordinator")
-            with contextlib.suppress(OSError), socket.create_connection(
-                ("127.0.0.1", self.port), timeout=0.2
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), timeout=0.2),
             ):
                 return
             time.sleep(0.1)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from coordinator.report import RunReport
 
+OWN = ("slice", "trained")
+
 
 def loss_picture(report: RunReport, path: Path) -> Path:
     """Held-out loss per device over rounds: lines for the global adapter, dots for slices."""
@@ -18,13 +20,12 @@ def loss_picture(report: RunReport, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for number, row in enumerate(report.rows):
         colour = f"C{number}"
-        whole = [(p.round, p.loss) for p in report.curve
-                 if p.device_id == row.device_id and p.subject == "global"]  # fmt: skip
-        trained = [(p.round + 1, p.loss) for p in report.curve
-                   if p.device_id == row.device_id and (p.subject, p.stage) == ("slice", "trained")]  # fmt: skip
+        mine = [p for p in report.curve if p.device_id == row.device_id]
+        whole = [(p.round, p.loss) for p in mine if p.subject == "global"]
+        trained = [(p.round + 1, p.loss) for p in mine if (p.subject, p.stage) == OWN]
         label = f"{row.device_id} ({row.language}, k={row.k})"
-        axes.plot(*zip(*whole, strict=True), "-o", color=colour, label=label)
-        axes.plot(*zip(*trained, strict=True), ".", color=colour, alpha=0.45)
+        axes.plot([x for x, _ in whole], [y for _, y in whole], "-o", color=colour, label=label)
+        axes.plot([x for x, _ in trained], [y for _, y in trained], ".", color=colour, alpha=0.45)
     axes.plot([], [], "-o", color="grey", label="global adapter, as received")
     axes.plot([], [], ".", color="grey", alpha=0.6, label="own slice, after local training")
     axes.set_xlabel("rounds merged")

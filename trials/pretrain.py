@@ -20,7 +20,9 @@ import math
 import os
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -32,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edge_agent.training.corpus import Corpus, CorpusError, SourceFile, scan, tokenise
 
-# Distribution name -> import folder, and how many files at most (the larger ones repeat themselves).
+# Distribution name -> import folder, and how many files at most: the larger ones repeat themselves.
 PACKAGES: dict[str, tuple[str, int]] = {
     "torch": ("torch", 1200),
     "transformers": ("transformers", 700),
@@ -75,9 +77,7 @@ EVALUATED = {
     "javascript (unseen)": ("**/*.js", "javascript"),
 }
 
-PATTERN = (
-    r"[\r\n][\r\n \t]*|[ _]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+|_+|[ \t]+"
-)
+PATTERN = r"[\r\n][\r\n \t]*|[ _]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+|_+|[ \t]+"
 CONTEXT = 256
 VOCABULARY = 4096
 SEPARATOR = "<|endoftext|>"
@@ -86,10 +86,13 @@ SEED = 20261121
 
 def licence_of(distribution: str) -> str:
     """The licence a distribution declares; raises `SystemExit` when it is not permissive."""
-    meta = importlib.metadata.metadata(distribution)
-    declared = meta.get("License-Expression") or " ".join(
-        c for c in meta.get_all("Classifier") or [] if c.startswith("License")
-    ) or meta.get("License") or ""
+    meta: Any = importlib.metadata.metadata(distribution)
+    declared = (
+        meta.get("License-Expression")
+        or " ".join(c for c in meta.get_all("Classifier") or [] if c.startswith("License"))
+        or meta.get("License")
+        or ""
+    )
     if not any(word in declared for word in PERMISSIVE):
         raise SystemExit(f"{distribution} declares {declared[:80]!r}; remove it from PACKAGES")
     return declared.removeprefix("License :: OSI Approved :: ")[:80]
@@ -98,7 +101,7 @@ def licence_of(distribution: str) -> str:
 def collect() -> tuple[Corpus, Corpus]:
     """The standard library and the packages, each split by content hash."""
     paths = sysconfig.get_paths()
-    keep = {"languages": ("python",), "held_out_share": 0.03}
+    keep: Any = {"languages": ("python",), "held_out_share": 0.03}
     stdlib = scan([f"{paths['stdlib']}/*.py", *(
         str(p) for p in sorted(Path(paths["stdlib"]).iterdir())
         if p.is_dir() and p.name not in ("site-packages", "dist-packages", "ensurepip")
@@ -108,12 +111,12 @@ def collect() -> tuple[Corpus, Corpus]:
     for distribution, (folder, most) in PACKAGES.items():
         licence_of(distribution)
         root = Path(paths["purelib"]) / folder
-        for f in scan([str(root)], exclude=EXCLUDE, max_files=most, **keep).files:
+        for f in scan([str(root)], exclude=EXCLUDE, **keep).files[:most]:
             files[f.digest] = f
     return stdlib, Corpus(tuple(files[d] for d in sorted(files)))
 
 
-def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
+def train_tokenizer(files: list[SourceFile]) -> Any:
     """Byte-level BPE of `VOCABULARY` entries; a line break and its indent are one piece."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -134,16 +137,17 @@ def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token=SEPARATOR,
         bos_token=SEPARATOR,
-        pad_token="<|pad|>",
+        pad_token="<|pad|>",  # noqa: S106 - a token of text
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
 
-def build() -> LlamaForCausalLM:
+def build() -> Any:
     """A Llama of 2.8 M parameters: 192 x 5 layers, 6 heads over 2 key-value heads, tied."""
+    config: Any = LlamaConfig
     return LlamaForCausalLM(
-        LlamaConfig(
+        config(
             vocab_size=VOCABULARY,
             hidden_size=192,
             intermediate_size=512,
@@ -166,8 +170,8 @@ class Muon:
     `torch.optim.Muon` runs the iteration in bfloat16, which CPUs without bf16 units emulate.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
         self.momentum = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()
@@ -186,12 +190,10 @@ class Muon:
             p.mul_(1 - lr * 0.1).add_(x.T if tall else x, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
 
-def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
+def bits_per_byte(model: Any, tokenizer: Any,
                   files: list[SourceFile], most: int = 96) -> tuple[float, float]:  # fmt: skip
     """(bits per byte, next-token accuracy) over at most `most` packed sequences."""
-    rows = torch.from_numpy(
-        tokenise(files, lambda t: tokenizer(t)["input_ids"], 0, CONTEXT, most)
-    )
+    rows = torch.from_numpy(tokenise(files, lambda t: tokenizer(t)["input_ids"], 0, CONTEXT, most))
     model.eval()
     nats = hits = count = size = 0.0
     with torch.no_grad():
@@ -201,7 +203,9 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
             nats += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
             hits += float((logits.argmax(-1) == target).sum())
             count += target.numel()
-            size += len("".join(tokenizer.batch_decode(batch[:, 1:])).replace(SEPARATOR, "").encode())
+            size += len(
+                "".join(tokenizer.batch_decode(batch[:, 1:])).replace(SEPARATOR, "").encode()
+            )
     model.train()
     return nats / math.log(2) / size, hits / count
 
@@ -298,13 +302,19 @@ def main() -> None:
             files = (stdlib if where == "stdlib" else packages).of("held_out")
         else:
             try:
-                files = list(scan([f"{purelib}/{where}"], languages=(language,), max_files=200).files)
+                files = list(
+                    scan([f"{purelib}/{where}"], languages=(language,), max_files=200).files
+                )
             except CorpusError:
                 continue
         results[label] = bits_per_byte(model, tokenizer, files)
         print(f"{label}: {results[label][0]:.3f} bits/byte, {results[label][1]:.1%}", flush=True)
     samples = []
-    for prompt in ("import os\nimport ", "def read_lines(path):\n", "class Stack:\n    def __init__(self"):
+    for prompt in (
+        "import os\nimport ",
+        "def read_lines(path):\n",
+        "class Stack:\n    def __init__(self",
+    ):
         ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=72,
                              do_sample=False, repetition_penalty=1.15)  # fmt: skip

@@ -226,7 +226,9 @@ class Records:
 
     # --- devices --------------------------------------------------------------------------------
 
-    def put_device(self, device_id: str, credential_hash: str, expires_at: float, at: float) -> None:
+    def put_device(
+        self, device_id: str, credential_hash: str, expires_at: float, at: float
+    ) -> None:
         """Enrols a device, or gives an enrolled one a new credential."""
         values = {"credential_hash": credential_hash, "credential_expires_at": expires_at,
                   "last_seen_at": at}  # fmt: skip
@@ -402,9 +404,7 @@ class Records:
     def upload(self, upload_id: str) -> UploadRecord | None:
         """One upload."""
         with self._db() as db:
-            row = db.execute(
-                uploads.select().where(uploads.c.upload_id == upload_id)
-            ).one_or_none()
+            row = db.execute(uploads.select().where(uploads.c.upload_id == upload_id)).one_or_none()
         if row is None:
             return None
         return UploadRecord(row.upload_id, row.assignment_id, row.digest, row.size_bytes)

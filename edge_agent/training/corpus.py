@@ -188,14 +188,13 @@ def _expand(pattern: str) -> list[Path]:
             raise CorpusError(
                 f"data folder {root} cannot be read; give the agent's user read permission"
             )
-        return [
-            Path(folder) / name for folder, _, names in os.walk(root) for name in names
-        ]
+        return [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
     if root.is_file():
         return [root]
     if not glob.has_magic(pattern):
         raise CorpusError(f"data folder {root} does not exist; check the paths under [data]")
-    return [p for p in map(Path, glob.glob(str(root), recursive=True)) if p.is_file()]
+    found = glob.glob(str(root), recursive=True)  # noqa: PTH207 - absolute patterns
+    return [p for p in map(Path, found) if p.is_file()]
 
 
 def _read(path: Path, max_file_bytes: int) -> tuple[bytes, str] | str:
@@ -231,8 +230,8 @@ def scan(
     """Reads every source file under `include` (folders, files or globs).
 
     `exclude` are `fnmatch` patterns on the whole path; `languages`, when given, keeps only those;
-    `max_files` keeps the files of smallest digest, which is a uniform and stable sample. Binaries,
-    secrets, exact copies, oversized and undecodable files are skipped and counted.
+    `max_files` keeps a uniform and stable sample, by content like the split but independent of it.
+    Binaries, secrets, exact copies, oversized and undecodable files are skipped and counted.
 
     Raises `CorpusError` when a folder is missing or unreadable, or nothing is left to train on.
     """
@@ -262,7 +261,8 @@ def scan(
             skipped["copy"] += 1
             continue
         files[digest] = SourceFile(path, language, text, digest, split_of(digest, held_out_share))
-    kept = [files[d] for d in sorted(files)][:max_files]
+    sample = sorted(files, key=lambda digest: digest[::-1])[:max_files]
+    kept = [files[digest] for digest in sorted(sample)]
     if not kept:
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "no files"
         raise CorpusError(

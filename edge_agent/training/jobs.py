@@ -1,4 +1,4 @@
-"""The trainer's jobs: profile, train, generate. A job in, events through `emit`, a result out.
+"""The trainer's jobs: profile and train. A job in, events through `emit`, a result out.
 
 Knows how a local round is put together from the other files of this room. It knows nothing of
 processes, pipes or JSON text, nor of coordinators: paths and facts come in with the job.
@@ -38,7 +38,6 @@ from protos.contract import (
     Assignment,
     Evaluation,
     LocalReport,
-    Precision,
     ProfileRequest,
     Stage,
     Subject,
@@ -48,8 +47,6 @@ from protos.contract import (
 from protos.packing import Factors, pack, unpack
 
 Emit = Callable[[Mapping[str, Any]], None]
-
-REPETITION_PENALTY = 1.1  # small models loop without it
 
 
 class JobError(SketchfleetError):
@@ -79,18 +76,6 @@ class TrainJob:
     memory_cap_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class GenerateJob:
-    """Complete prompts with the base and, if given, a whole packed adapter."""
-
-    base_folder: Path
-    spec: AdapterSpec
-    prompts: tuple[str, ...]
-    max_new_tokens: int
-    precision: Precision
-    adapter_path: Path | None = None
-
-
 def run_job(plain: Mapping[str, Any], bench: Workbench, emit: Emit) -> None:
     """Carries out one job given as plain JSON values; the last event is its result.
 
@@ -103,9 +88,6 @@ def run_job(plain: Mapping[str, Any], bench: Workbench, emit: Emit) -> None:
         case "train":
             report = run_train(from_plain(TrainJob, plain), bench, emit)
             emit({"event": "result", "report": to_plain(report)})
-        case "generate":
-            job = from_plain(GenerateJob, plain)
-            emit({"event": "result", "completions": run_generate(job, bench)})
         case other:
             raise JobError(f"job {other!r} is not known; agent and trainer differ in version")
 
@@ -182,17 +164,6 @@ def run_train(job: TrainJob, bench: Workbench, emit: Emit) -> LocalReport:
         evaluate_s=evaluate_s,
         main_language=rows.main_language,
     )
-
-
-def run_generate(job: GenerateJob, bench: Workbench) -> list[str]:
-    """Greedy completions, one per prompt, without the prompt."""
-    base = bench.base(job.base_folder, job.precision, job.spec)
-    if job.adapter_path is None:
-        return _complete(base, base.model, job)
-    factors = unpack(job.adapter_path.read_bytes(), job.spec, job.spec.rank)
-    with attached(base.model, job.spec, job.spec.rank) as model:
-        write_factors(model, factors)
-        return _complete(base, model, job)
 
 
 def _settle(seed: int) -> None:
@@ -284,24 +255,3 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-@torch.no_grad()
-def _complete(base: Backbone, model: Any, job: GenerateJob) -> list[str]:
-    context = int(base.model.config.max_position_embeddings)
-    room = max(1, context - job.max_new_tokens)
-    model.eval()
-    completions = []
-    for prompt in job.prompts:
-        ids = (base.encode([prompt])[0] or [base.separator_id])[-room:]
-        given = torch.tensor([ids], device=base.device)
-        whole = model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=job.max_new_tokens,
-            do_sample=False,
-            repetition_penalty=REPETITION_PENALTY,
-            pad_token_id=base.separator_id,
-        )
-        completions.append(base.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True))
-    return completions

@@ -62,7 +62,7 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batches: torch.Tens
     losses = []
     for rows in batches:
         loss = next_token_loss(model, rows) / len(batches)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         losses.append(loss.detach())
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)

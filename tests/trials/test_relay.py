@@ -141,9 +141,9 @@ def test_connections_share_one_link() -> None:
     async def two_downloads() -> float:
         async with relayed(give(content), LinkShape(down_bps=1e6)) as relay:
             started = time.monotonic()
-            (first, _), (second, _) = await dial(relay), await dial(relay)
-            received = await asyncio.gather(first.read(), second.read())
-            assert received[0] == received[1] == content
+            dialled = [await dial(relay), await dial(relay)]
+            received = await asyncio.gather(*(reader.read() for reader, _ in dialled))
+            assert received == [content, content]
             return time.monotonic() - started
 
     assert 2 * len(content) * 8 / run(two_downloads()) == pytest.approx(1e6, rel=0.15)

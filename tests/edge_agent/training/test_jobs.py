@@ -281,31 +281,6 @@ def test_a_profile_measures_real_steps(
     assert (profile.rank, profile.sequence_tokens, profile.micro_batch) == (4, 32, 2)
 
 
-def test_completions_are_greedy_and_follow_the_adapter(
-    base_folder: Path, spec: AdapterSpec, bench: Workbench, tmp_path: Path
-) -> None:
-    draw = np.random.default_rng(5)
-    loud = {
-        n: Factors(up=draw.normal(size=f.up.shape).astype(np.float32), down=f.down)
-        for n, f in make_slice(spec, spec.rank).items()
-    }
-    (tmp_path / "whole.bin").write_bytes(pack(spec, spec.rank, loud, encoding="float32"))
-    job = {
-        "job": "generate",
-        "base_folder": str(base_folder),
-        "spec": to_plain(spec),
-        "adapter_path": None,
-        "prompts": ["def weigh(", ""],
-        "max_new_tokens": 6,
-        "precision": "fp32",
-    }
-    plain, again = (run(job, bench)[-1]["completions"] for _ in range(2))
-    adapted = run(job | {"adapter_path": str(tmp_path / "whole.bin")}, bench)[-1]["completions"]
-    assert plain == again
-    assert len(plain) == 2
-    assert adapted != plain
-
-
 def test_the_real_process_speaks_json_lines_and_outlives_failures(
     make_job, tmp_path: Path, code_folder: Path
 ) -> None:
