@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         "demo", help="a coordinator and four agents on loopback, each with its own code and link"
     )
     demo.add_argument("--out", type=Path, default=Path("demo-output"), metavar="FOLDER")
-    demo.add_argument("--rounds", type=int, default=6)
+    demo.add_argument("--rounds", type=int, default=6, help="training rounds (default: 6)")
     demo.add_argument(
         "--data", action="append", default=[], metavar="NAME=FOLDER",
         help="let a device train on a folder of yours, for example laptop=~/src (repeatable)",

@@ -7,6 +7,8 @@ fairness summary, a picture, two completions, and where the adapter lies.
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Sequence
@@ -33,9 +35,8 @@ from coordinator.report import (
 )
 from coordinator.serve import open_state
 from coordinator.store.records import Records
-from edge_agent.training.completion import complete
 from protos.packing import unpack
-from trials.fleet import DeviceSetup, FleetError, LocalFleet, fresh_folder
+from trials.fleet import DeviceSetup, FleetError, LocalFleet, environment, fresh_folder
 from trials.picture import loss_picture
 
 NANO_CODE = Path(__file__).resolve().parent / "nano_code"
@@ -205,9 +206,22 @@ def _show(console: Console, report: RunReport, seconds: float) -> None:
     console.print(f"{report.rounds_merged} rounds in {seconds:.0f} s.")
 
 
+def _complete(adapter: Path | None, folder: Path) -> str:
+    """What `sketchfleet-agent generate` prints: stock PEFT on the stock base."""
+    words = [] if adapter is None else ["--adapter", str(adapter)]
+    with (folder / "completion.log").open("ab") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_agent.cli", "generate", "--base", str(NANO_CODE),
+             "--max-new-tokens", "56", *words, PROMPT],
+            stdout=subprocess.PIPE, stderr=log, env=environment(), check=False, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        raise FleetError(f"the completion failed; see {folder / 'completion.log'}")
+    return done.stdout.rstrip()
+
+
 def _completions(console: Console, exported: Path) -> None:
-    base = complete(str(NANO_CODE), None, PROMPT, 56)
-    tuned = complete(str(NANO_CODE), exported, PROMPT, 56)
+    base, tuned = (_complete(adapter, exported.parent) for adapter in (None, exported))
     table = Table("base model", "tuned by the fleet", box=box.SIMPLE_HEAD, show_lines=False,
                   title=f"Completions of {PROMPT!r}")  # fmt: skip
     table.add_row(Text(base), Text(tuned))

@@ -187,7 +187,7 @@ class LocalFleet:
                 [sys.executable, "-m", "trials.relay", "--listen", "0", "--target",
                  str(self.port), "--up", device.up, "--down", device.down,
                  "--delay-ms", str(device.delay_ms)],
-                stdout=stdout, stderr=log, env=_environment(), start_new_session=True,
+                stdout=stdout, stderr=log, env=environment(), start_new_session=True,
             )  # fmt: skip
         until = time.monotonic() + 15
         while time.monotonic() < until:
@@ -203,11 +203,12 @@ class LocalFleet:
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                stdout=log, stderr=log, env=_environment(), start_new_session=True,
+                stdout=log, stderr=log, env=environment(), start_new_session=True,
             )  # fmt: skip
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """For child processes: this checkout importable, no look-ups on a hub."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}

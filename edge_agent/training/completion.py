@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from edge_agent.training.backbone import load_base
 from profiles.errors import SketchfleetError
@@ -32,6 +31,8 @@ def complete(base: str, adapter: Path | None, prompt: str, max_new_tokens: int) 
     Raises `ModelError` on a bad base, `CompletionError` on a bad adapter.
     """
     backbone = load_base(resolve_base(base), "fp32", torch.device("cpu"))
+    from peft import PeftModel  # after load_base, which silences what peft imports
+
     model: Any = backbone.model
     if adapter is not None:
         if not (adapter / "adapter_config.json").is_file():
