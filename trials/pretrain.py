@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import math
 import os
 import sysconfig
 import time
@@ -32,7 +31,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from edge_agent.training.corpus import Corpus, CorpusError, SourceFile, scan, tokenise
+from edge_agent.training.corpus import Corpus, SourceFile, scan, tokenise
+from trials.model_card import bits_per_byte, write_card
 
 # Distribution name -> import folder, and how many files at most: the larger ones repeat themselves.
 PACKAGES: dict[str, tuple[str, int]] = {
@@ -65,17 +65,6 @@ EXCLUDE = (
     "*/site-packages/*/_vendor/*", "*/idlelib/*", "*/lib2to3/*", "*/turtledemo/*",
     "*/encodings/*", "*/__pycache__/*", "*_pb2*.py",
 )  # fmt: skip
-
-# Measured for the card; never trained on.
-EVALUATED = {
-    "python (standard library, held out)": ("stdlib", "python"),
-    "python (packages, held out)": ("packages", "python"),
-    "python (SymPy, unseen)": ("sympy/**/*.py", "python"),
-    "python tests (NetworkX, unseen)": ("networkx/**/tests/*.py", "python"),
-    "type stubs (NumPy, unseen)": ("numpy/**/*.pyi", "python-stub"),
-    "C/C++ headers (PyTorch, unseen)": ("torch/include/torch/**/*.h", "c-header"),
-    "javascript (unseen)": ("**/*.js", "javascript"),
-}
 
 PATTERN = r"[\r\n][\r\n \t]*|[ _]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+|_+|[ \t]+"
 CONTEXT = 256
@@ -190,26 +179,6 @@ class Muon:
             p.mul_(1 - lr * 0.1).add_(x.T if tall else x, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
 
-def bits_per_byte(model: Any, tokenizer: Any,
-                  files: list[SourceFile], most: int = 96) -> tuple[float, float]:  # fmt: skip
-    """(bits per byte, next-token accuracy) over at most `most` packed sequences."""
-    rows = torch.from_numpy(tokenise(files, lambda t: tokenizer(t)["input_ids"], 0, CONTEXT, most))
-    model.eval()
-    nats = hits = count = size = 0.0
-    with torch.no_grad():
-        for batch in rows.split(16):
-            logits = model(batch).logits[:, :-1].flatten(0, 1)
-            target = batch[:, 1:].flatten()
-            nats += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-            hits += float((logits.argmax(-1) == target).sum())
-            count += target.numel()
-            size += len(
-                "".join(tokenizer.batch_decode(batch[:, 1:])).replace(SEPARATOR, "").encode()
-            )
-    model.train()
-    return nats / math.log(2) / size, hits / count
-
-
 def main() -> None:
     """Trains, evaluates, writes the folder and its card."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -218,12 +187,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=24e6, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=32, help="sequences per step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--card", action="store_true", help="only measure --out and write its card")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
 
     stdlib, packages = collect()
+    if args.card:
+        facts = json.loads((args.work / "training.json").read_text())
+        write_card(args.out, facts, stdlib, packages)
+        return
     train = stdlib.of("train") + packages.of("train")
     tokenizer = train_tokenizer(train)
     tokenizer.save_pretrained(args.out)
@@ -288,47 +262,22 @@ def main() -> None:
             rate = (step + 1 - start) * args.batch * CONTEXT / (time.monotonic() - begun)
             print(f"step {step}/{steps} loss {smooth:.3f} {rate:,.0f} tok/s", flush=True)
         if step % 500 == 0 and step:
-            bpb, accuracy = bits_per_byte(model, tokenizer, stdlib.of("held_out"))
-            print(f"  held-out standard library {bpb:.3f} bits/byte, {accuracy:.1%}", flush=True)
+            model.eval()
+            bits, hits = bits_per_byte(model, tokenizer, stdlib.of("held_out"))
+            model.train()
+            print(f"  held-out standard library {bits:.3f} bits/byte, {hits:.1%}", flush=True)
     seconds += time.monotonic() - begun
 
-    # What ships is bfloat16, so the card measures the rounded weights.
+    # What ships is bfloat16, so the card measures the rounded weights, as everyone will load them.
     model.to(torch.bfloat16).save_pretrained(args.out)
-    model.float()
-    purelib = sysconfig.get_paths()["purelib"]
-    results: dict[str, tuple[float, float]] = {}
-    for label, (where, language) in EVALUATED.items():
-        if where in ("stdlib", "packages"):
-            files = (stdlib if where == "stdlib" else packages).of("held_out")
-        else:
-            try:
-                files = list(
-                    scan([f"{purelib}/{where}"], languages=(language,), max_files=200).files
-                )
-            except CorpusError:
-                continue
-        results[label] = bits_per_byte(model, tokenizer, files)
-        print(f"{label}: {results[label][0]:.3f} bits/byte, {results[label][1]:.1%}", flush=True)
-    samples = []
-    for prompt in (
-        "import os\nimport ",
-        "def read_lines(path):\n",
-        "class Stack:\n    def __init__(self",
-    ):
-        ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=72,
-                             do_sample=False, repetition_penalty=1.15)  # fmt: skip
-        samples.append(tokenizer.decode(out[0, 1:], skip_special_tokens=True))
     facts = {
         "parameters": n, "seconds": round(seconds), "threads": args.threads,
         "tokens": steps * args.batch * CONTEXT, "corpus_tokens": rows.numel(), "files": len(train),
-        "train_loss": round(smooth, 4), "results": results, "samples": samples,
-        "licences": {d: licence_of(d) for d in PACKAGES}, "seed": SEED,
-        "versions": {d: importlib.metadata.version(d) for d in PACKAGES},
+        "train_loss": round(smooth, 4), "seed": SEED,
+        "sources": {d: [importlib.metadata.version(d), licence_of(d)] for d in PACKAGES},
     }  # fmt: skip
-    (args.work / "facts.json").write_text(json.dumps(facts, indent=1))
-    print(json.dumps(facts["results"]), flush=True)
-    print("\n---\n".join(samples))
+    (args.work / "training.json").write_text(json.dumps(facts, indent=1))
+    write_card(args.out, facts, stdlib, packages)
 
 
 if __name__ == "__main__":
