@@ -1,0 +1,102 @@
+"""Packing and unpacking of updates against copying the same floats, and sizes against the floor.
+
+The floor of time is a memory copy of the float32 values in the same run; the floor of size is the
+values at their bits plus their scales. Both are given as ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import get_args
+
+import numpy as np
+
+from profiles.model import ModuleShape
+from protos.contract import AdapterSpec, Encoding
+from protos.packing import Factors, pack, packed_bytes, unpack
+
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8}
+SCALE_BITS = {"float32": 0, "bfloat16": 0, "int8": 32}  # per row
+
+
+def make_spec(layers: int, rank: int) -> AdapterSpec:
+    """Shapes of Qwen2.5-0.5B's projections."""
+    shapes = {"q": (896, 896), "k": (128, 896), "v": (128, 896), "o": (896, 896),
+              "gate": (4864, 896), "up": (4864, 896), "down": (896, 4864)}  # fmt: skip
+    modules = tuple(
+        ModuleShape(f"layer.{i}.{name}", out, in_)
+        for i in range(layers) for name, (out, in_) in shapes.items()
+    )  # fmt: skip
+    return AdapterSpec("bench", "bench", "", "0" * 64, rank, 16.0, False, 1, modules)
+
+
+def make_factors(spec: AdapterSpec) -> dict[str, Factors]:
+    """Normal values."""
+    draw = np.random.default_rng(0)
+    return {
+        m.name: Factors(
+            draw.normal(size=(spec.rank, m.out_features)).astype(np.float32),
+            draw.normal(size=(spec.rank, m.in_features)).astype(np.float32),
+        )
+        for m in spec.modules
+    }
+
+
+def best_s(work: Callable[[], object], times: int) -> float:
+    """The least of several timings, seconds."""
+    found = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def copy_all(factors: Mapping[str, Factors]) -> None:
+    """The floor."""
+    for part in factors.values():
+        part.up.copy()
+        part.down.copy()
+
+
+def main() -> None:
+    """Prints the table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    spec = make_spec(layers=2 if quick else 24, rank=16)
+    times = 2 if quick else 3
+    factors = make_factors(spec)
+    values = spec.rank * spec.parameters_per_rank
+    rows = 2 * spec.rank * len(spec.modules)
+    floor_s = best_s(lambda: copy_all(factors), times)
+    print(f"{values * 4 / 1e6:.1f} MB of float32; a copy takes {floor_s * 1e3:.1f} ms")
+    print(f"{'encoding':10} {'pack MB/s':>10} {'x copy':>7} {'unpack MB/s':>12} {'x copy':>7} "
+          f"{'bytes/floor':>12}")  # fmt: skip
+    results = {}
+    for encoding in get_args(Encoding):
+        data = pack(spec, spec.rank, factors, encoding=encoding)
+        assert len(data) == packed_bytes(spec, spec.rank, encoding)
+        pack_s = best_s(partial(pack, spec, spec.rank, factors, encoding=encoding), times)
+        unpack_s = best_s(partial(unpack, data, spec, spec.rank), times)
+        floor_bytes = (values * BITS[encoding] + rows * SCALE_BITS[encoding]) / 8
+        results[encoding] = {
+            "pack_mb_s": values * 4e-6 / pack_s,
+            "pack_over_copy": pack_s / floor_s,
+            "unpack_mb_s": values * 4e-6 / unpack_s,
+            "unpack_over_copy": unpack_s / floor_s,
+            "bytes_over_floor": len(data) / floor_bytes,
+        }
+        r = results[encoding]
+        print(f"{encoding:10} {r['pack_mb_s']:10.0f} {r['pack_over_copy']:7.1f} "
+              f"{r['unpack_mb_s']:12.0f} {r['unpack_over_copy']:7.1f} "
+              f"{r['bytes_over_floor']:12.5f}")  # fmt: skip
+    print(json.dumps({"benchmark": "packing", "values": values, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
