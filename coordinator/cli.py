@@ -67,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        sys.stderr.close()
+        return 0
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -190,14 +193,11 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    from coordinator.tables import table
+
+    Console().print(table(columns, rows))
 
 
 def _number(value: Any, form: str) -> str:

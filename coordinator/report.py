@@ -160,46 +160,41 @@ def _curve(given: list[AssignmentRecord]) -> list[CurvePoint]:
 
 
 def _link(profile: DeviceProfile) -> str:
-    if profile.link is None:
-        return ""
-    return f"{_rate(profile.link.up_bps)} up, {_rate(profile.link.down_bps)} down"
-
-
-def _rate(bps: float) -> str:
-    return f"{bps / 1e6:.3g} Mbit/s" if bps >= 1e5 else f"{bps / 1e3:.3g} kbit/s"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    link = profile.link
+    return "" if link is None else f"{link.up_bps / 1e6:.3g} / {link.down_bps / 1e6:.3g}"
 
 
 DEVICE_COLUMNS = (
-    "device", "board", "code", "link (measured)", "k", "sent", "dense fp32", "saved", "busy",
-    "loss before", "loss after", "gap", "share",
+    "device", "code", "Mbit/s\nup / down", "k", "sent of\ndense fp32", "busy",
+    "loss\nbefore, after", "gap", "share",
 )  # fmt: skip
 
 
 def device_table(report: RunReport) -> list[list[str]]:
-    """The per-device table as text cells, one row a device, columns as `DEVICE_COLUMNS`."""
+    """The per-device table as text cells, one row a device, columns as `DEVICE_COLUMNS`.
+
+    Losses are of the global adapter on the device's own held-out code, nats per token; gap is to
+    the fleet's mean; share is of the merged change.
+    """
     rank = report.run.spec.rank
     return [
         [
-            r.device_id,
-            r.board,
+            f"{r.device_id}\n{r.board}",
             r.language,
             report.links.get(r.device_id, ""),
             f"{r.k}/{rank}",
-            _bytes(r.up_bytes),
-            _bytes(r.dense_bytes),
-            f"{r.compression:.0f}x" if r.compression else "-",
+            f"{r.up_bytes / 1e6:.2f} of {r.dense_bytes / 1e6:.2f} MB\n{_saved(r)}",
             f"{r.seconds:.0f} s",
-            _number(r.loss_before),
-            _number(r.loss_after),
+            f"{_number(r.loss_before)}, {_number(r.loss_after)}",
             _number(r.gap, "+.3f"),
             f"{r.update_share:.0%}",
         ]
         for r in report.rows
     ]
+
+
+def _saved(row: DeviceLedgerRow) -> str:
+    return f"{row.compression:.1f}x fewer" if row.compression else "nothing sent"
 
 
 def fairness_lines(report: RunReport) -> list[str]:

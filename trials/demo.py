@@ -35,6 +35,7 @@ from coordinator.report import (
 )
 from coordinator.serve import open_state
 from coordinator.store.records import Records
+from coordinator.tables import table
 from protos.packing import unpack
 from trials.fleet import DeviceSetup, FleetError, LocalFleet, environment, fresh_folder
 from trials.picture import loss_picture
@@ -49,23 +50,23 @@ def devices() -> list[DeviceSetup]:
     site = sysconfig.get_paths()["purelib"]
     return [
         DeviceSetup(
-            "workstation", [f"{site}/sympy"], board="workstation, 2 GB cap",
+            "workstation", [f"{site}/sympy"], board="workstation, 2 GB",
             exclude=["*/tests/*"], languages=["python"], max_files=160,
             memory_mb=2000, up="50M", down="50M", delay_ms=2,
         ),
         DeviceSetup(
-            "laptop", [f"{site}/networkx/**/tests/*.py"], board="laptop, 1.2 GB cap",
+            "laptop", [f"{site}/networkx/**/tests/*.py"], board="laptop, 1.2 GB",
             languages=["python"], max_files=120,
             memory_mb=1200, up="4M", down="16M", delay_ms=10,
         ),
         DeviceSetup(
             "lab-board", [f"{site}/torch/include/torch", f"{site}/torch/include/ATen/core"],
-            board="board, 0.9 GB cap",
+            board="board, 0.9 GB",
             languages=["c-header"], max_files=160,
             memory_mb=900, up="800k", down="3M", delay_ms=25,
         ),
         DeviceSetup(
-            "field-board", [f"{site}/numpy"], board="board, 0.8 GB cap",
+            "field-board", [f"{site}/numpy"], board="board, 0.8 GB",
             languages=["python-stub"], max_files=160,
             memory_mb=800, up="250k", down="1M", delay_ms=60,
         ),
@@ -108,7 +109,7 @@ def own_data(setups: Sequence[DeviceSetup], chosen: Sequence[str]) -> list[Devic
 
 def demo(out: Path, rounds: int, chosen: Sequence[str]) -> int:
     """Runs it; returns the exit code."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     folder = fresh_folder(out).resolve()
     setups = own_data(devices(), chosen)
     console.print(
@@ -181,23 +182,20 @@ def _round_line(records: Records, run_id: str, round_: int, final: bool, at_s: f
 def _progress(
     fleet: LocalFleet, records: Records, opened: int, rounds: int, started: float
 ) -> Panel:
-    table = Table("device", "board", "doing", "k", "step", "loss", box=box.SIMPLE, expand=True)
+    doing = Table("device", "board", "doing", "k", "step", "loss", box=box.SIMPLE, expand=True)
     for device in fleet.devices:
         s = fleet.status(device.name)
         step = f"{s['step']}/{s['steps']}" if "step" in s else ""
         loss = f"{s['loss']:.3f}" if "loss" in s else ""
-        table.add_row(device.name, device.board, s.get("phase", "starting"),
+        doing.add_row(device.name, device.board, s.get("phase", "starting"),
                       str(s.get("k", "")), step, loss)  # fmt: skip
     shown = min(opened, rounds)
     title = f"round {shown} of {rounds}" if opened <= rounds else "final evaluation"
-    return Panel(table, title=f"{title}, {time.monotonic() - started:.0f} s", box=box.ROUNDED)
+    return Panel(doing, title=f"{title}, {time.monotonic() - started:.0f} s", box=box.ROUNDED)
 
 
 def _show(console: Console, report: RunReport, seconds: float) -> None:
-    table = Table(*DEVICE_COLUMNS, box=box.SIMPLE_HEAD, title="Per device")
-    for row in device_table(report):
-        table.add_row(*row)
-    console.print(table)
+    console.print(table(DEVICE_COLUMNS, device_table(report), "Per device"))
     for line in reason_lines(report):
         console.print(f"  {escape(line)}", highlight=False)
     console.print()
@@ -222,7 +220,9 @@ def _complete(adapter: Path | None, folder: Path) -> str:
 
 def _completions(console: Console, exported: Path) -> None:
     base, tuned = (_complete(adapter, exported.parent) for adapter in (None, exported))
-    table = Table("base model", "tuned by the fleet", box=box.SIMPLE_HEAD, show_lines=False,
-                  title=f"Completions of {PROMPT!r}")  # fmt: skip
-    table.add_row(Text(base), Text(tuned))
-    console.print(Group(Text(""), table))
+    shown = Table(
+        "base model", "tuned by the fleet", box=box.SIMPLE_HEAD,
+        title=f"Completions of {escape(repr(PROMPT))}",
+    )  # fmt: skip
+    shown.add_row(Text(base), Text(tuned))
+    console.print(Group(Text(""), shown))
