@@ -120,6 +120,7 @@ class Engine:
         self._seen: dict[str, float] = {}
         self._ready: set[str] = set()
         self._left_out: dict[str, str] = {}
+        self._unfit: set[str] = set()
         self._changed = asyncio.Event()
         self._work: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -287,14 +288,12 @@ class Engine:
             try:
                 plan = plan_round(self.shape, self.spec, policy, profiles)
             except PlanError as error:
-                for device in profiles:
-                    self._left_out[device] = str(error)
-                log.error("no device can take part: %s", error)
-                return
-        self._left_out = dict(plan.left_out)
+                plan = error.plan
+        self._left_out, self._unfit = dict(plan.left_out), set(plan.unfit)
         for device, why in plan.left_out.items():
             log.warning("device left out: %s", why, extra={"device_id": device})
         if not plan.devices:
+            self._notify()  # who does not fit is to be told
             return
         adapter = self._adapter()
         whole: BlobRef | None = None
@@ -454,7 +453,10 @@ class Engine:
             self._ready.discard(device_id)
             self._notify()
             return Task("finished", self.spec)
-        if device_id in self._left_out and self._does_not_fit(device_id):
+        if device_id in self._unfit:
+            self._unfit.discard(device_id)  # a device that comes back with more may try again
+            self._ready.discard(device_id)
+            self._feed(rounds.DeviceLost(self._clock(), device_id))
             raise RefusalError(Reason.DOES_NOT_FIT, self._left_out[device_id])
         if state.phase != "open" or device_id not in state.assigned:
             return None
@@ -466,9 +468,6 @@ class Engine:
             return None
         remaining_s = max(0.0, state.deadline_at_s - self._clock())
         return Task("assignment", self.spec, record.assignment, remaining_s)
-
-    def _does_not_fit(self, device_id: str) -> bool:
-        return "does not fit" in self._left_out[device_id] and device_id not in self.state.assigned
 
     def _profile_request(self) -> ProfileRequest:
         t = self.config.training

@@ -66,8 +66,8 @@ class DeviceLedgerRow:
     up_bytes: int
     dense_bytes: int
     seconds: float
-    loss_before: float | None  # of the whole adapter, when first received; None if measured once
-    loss_after: float | None  # when last received; None if measured once
+    loss_before: float | None  # of the whole adapter, first received in a training round
+    loss_after: float | None  # of the whole adapter, last received; None if only measured before
     gap: float | None  # loss_after less the fleet's mean loss_after
     rounds_joined: int
     update_share: float  # mean share of the merge over the run's rounds
@@ -157,8 +157,10 @@ def ledger(facts: Iterable[DeviceRound], rounds: int) -> tuple[DeviceLedgerRow, 
     history: dict[str, list[DeviceRound]] = {}
     for fact in sorted(facts, key=lambda f: (f.device_id, f.round)):
         history.setdefault(fact.device_id, []).append(fact)
-    losses = {device: _received(of) for device, of in history.items()}
-    after = {device: seen[-1] for device, seen in losses.items() if len(seen) > 1}
+    seen = {device: _received(of) for device, of in history.items()}
+    before = {d: losses[0] for d, losses in seen.items() if losses and losses[0][0] < rounds}
+    after = {d: losses[-1][1] for d, losses in seen.items()
+             if losses and losses[-1] != before.get(d)}  # fmt: skip
     mean = math.fsum(after.values()) / len(after) if after else 0.0
     rows = []
     for device, of in history.items():
@@ -177,7 +179,7 @@ def ledger(facts: Iterable[DeviceRound], rounds: int) -> tuple[DeviceLedgerRow, 
                 up_bytes=sum(f.up_bytes for f in of),
                 dense_bytes=sum(f.dense_bytes for f in of),
                 seconds=math.fsum(_seconds(f.report) for f in of),
-                loss_before=losses[device][0] if device in after else None,
+                loss_before=before[device][1] if device in before else None,
                 loss_after=after.get(device),
                 gap=after[device] - mean if device in after else None,
                 rounds_joined=sum(f.round < rounds and f.report.outcome == "done" for f in of),
@@ -187,10 +189,10 @@ def ledger(facts: Iterable[DeviceRound], rounds: int) -> tuple[DeviceLedgerRow, 
     return tuple(rows)
 
 
-def _received(facts: Sequence[DeviceRound]) -> list[float]:
-    """Losses of the whole adapter as received, oldest first."""
-    found = (fact.report.evaluation("global", "received") for fact in facts)
-    return [evaluation.loss for evaluation in found if evaluation is not None]
+def _received(facts: Sequence[DeviceRound]) -> list[tuple[int, float]]:
+    """(round, loss) of the whole adapter as received, oldest first."""
+    found = ((fact.round, fact.report.evaluation("global", "received")) for fact in facts)
+    return [(number, evaluation.loss) for number, evaluation in found if evaluation is not None]
 
 
 def _seconds(report: LocalReport) -> float:

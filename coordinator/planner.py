@@ -30,7 +30,11 @@ DEADLINE_STEP_S = 0.1  # a chosen deadline is rounded up to this
 
 
 class PlanError(SketchfleetError):
-    """No device can take part; the message gives every device's reason."""
+    """No device can take part; the message gives every device's reason, `plan` holds them."""
+
+    def __init__(self, sentence: str, plan: RoundPlan) -> None:
+        super().__init__(sentence)
+        self.plan = plan
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class RoundPlan:
     round_s: float
     devices: tuple[DevicePlan, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    unfit: frozenset[str] = frozenset()  # left out for memory: no round will be long enough
 
 
 def plan_round(
@@ -130,6 +135,7 @@ def plan_round(
             left_out[device_id] = found
         else:
             fits.append(found)
+    unfit = frozenset(left_out)
     round_s = _deadline(policy, fits)
     chosen: list[tuple[_Fit, LocalWork]] = []
     for fit in fits:
@@ -140,12 +146,13 @@ def plan_round(
             chosen.append((fit, work))
     if not chosen:
         whys = "; ".join(left_out[d] for d in sorted(left_out)) or "no device is ready"
-        raise PlanError(f"no device can take part in the round: {whys}")
+        nobody = RoundPlan(round_s, (), left_out, unfit)
+        raise PlanError(f"no device can take part in the round: {whys}", nobody)
     plans, offset = [], 0
     for fit, work in chosen:
         plans.append(fit.plan(work, offset % policy.rank, round_s))
         offset += work.rank
-    return RoundPlan(round_s, tuple(plans), left_out)
+    return RoundPlan(round_s, tuple(plans), left_out, unfit)
 
 
 def _relevant(profile: DeviceProfile, spec: AdapterSpec) -> DeviceProfile:

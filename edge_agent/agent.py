@@ -50,8 +50,26 @@ NEVER_WANTED = (Reason.TOO_LATE, Reason.UNKNOWN_ASSIGNMENT, Reason.EQUIVOCATION,
                 Reason.BAD_UPDATE)  # fmt: skip
 
 
+OWNER_MUST_ACT = ("no_data", "base_mismatch")  # trying again next round would fail alike
+
+
 class AgentError(SketchfleetError):
     """The agent cannot go on until its owner acts."""
+
+
+def _told(outcome: str, assignment: Assignment) -> str:
+    """What the coordinator is told of a failure: never paths or text of this device."""
+    match outcome:
+        case "out_of_memory":
+            return (
+                f"training ran out of memory at {assignment.precision}, k={assignment.rank}, "
+                f"micro-batch {assignment.micro_batch} of {assignment.sequence_tokens} tokens"
+            )
+        case "no_data":
+            return "too little source code to train on and to hold out"
+        case "base_mismatch":
+            return "its base model is not the run's"
+    return "the trainer failed; the log on the device says why"
 
 
 def version() -> str:
@@ -227,6 +245,7 @@ class Agent:
     async def _work(self, spec: AdapterSpec, assignment: Assignment) -> None:
         """Fetches, trains, journals, pushes, reports."""
         beat = asyncio.create_task(self._heartbeat(assignment.assignment_id))
+        cause: AgentError | None = None
         try:
             try:
                 report, update = await self._train(spec, assignment)
@@ -235,9 +254,11 @@ class Agent:
                 log.error("assignment failed: %s", error, extra={"round": assignment.round})
                 report = from_plain(LocalReport, {
                     "assignment_id": assignment.assignment_id, "outcome": outcome,
-                    "message": str(error)[:500],
+                    "message": _told(outcome, assignment),
                 })  # fmt: skip
                 update = None
+                if outcome in OWNER_MUST_ACT:
+                    cause = AgentError(str(error))
             await self._send(self.journal.add(report, update))
         finally:
             beat.cancel()
@@ -246,6 +267,8 @@ class Agent:
         for name in ("blobs", "work"):
             for path in (self.folder / name).iterdir():
                 path.unlink()
+        if cause is not None:
+            raise cause
 
     async def _heartbeat(self, assignment_id: str) -> None:
         while True:
@@ -323,7 +346,7 @@ class Agent:
             if error.reason is Reason.BAD_UPDATE:
                 with contextlib.suppress(RefusedError):
                     await self.link.report(dataclasses.replace(
-                        report, outcome="crashed", message=str(error)[:500]
+                        report, outcome="crashed", message="its update was refused"
                     ), math.inf)  # fmt: skip
         self.journal.done(entry)
 

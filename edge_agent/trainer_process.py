@@ -107,8 +107,4 @@ class TrainerProcess:
 def _explain_exit(code: int, log: Path) -> str:
     if code == -9:
         return "the trainer was killed, most likely by the kernel for want of memory"
-    last = ""
-    with contextlib.suppress(OSError):
-        lines = log.read_text(errors="replace").strip().splitlines()
-        last = f": {lines[-1]}" if lines else ""
-    return f"the trainer ended with exit code {code}{last}"
+    return f"the trainer ended with exit code {code}; see {log}"

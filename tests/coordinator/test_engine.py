@@ -1,0 +1,574 @@
+"""One run from the first poll to the last, whatever comes late, twice, wrong, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.engine import Engine, build_spec, recorded_plans
+from coordinator.merge import StoredUpdate, adapter_from_factors, adapter_to_factors, merge_round
+from coordinator.report import build_report
+from coordinator.serve import load_recorded, open_state
+from edge_agent.link import RefusedError
+from protos.contract import LocalReport, Reason, RefusalError
+from protos.packing import pack, packed_bytes, unpack
+from protos.sketchfleet.v1 import fleet_pb2 as pb
+from protos.transfer import crc32
+
+LATE_FLEET = {"round": {"quorum": 0.6}, "run": {"rounds": 4}}
+AFTER_DEADLINE_S = 13.0  # a round of 10 s and its grace
+
+
+@pytest.fixture(scope="session")
+def undisturbed(harness, tmp_path_factory):
+    """Adapter digests of a run in which nothing happens."""
+
+    async def run():
+        async with harness.fleet(tmp_path_factory.mktemp("undisturbed")) as fleet:
+            await fleet.finish()
+            return fleet.coordinator.digests()
+
+    return asyncio.run(run())
+
+
+async def test_three_unequal_devices_finish_a_run(harness, tmp_path):
+    async with harness.fleet(tmp_path) as fleet:
+        done = await fleet.finish()
+        run = fleet.coordinator
+        ks = {name: done[name][0].rank for name in done}
+        assert ks["ash"] == harness.RANK and len(set(ks.values())) == 3, (
+            f"unequal devices were to get unequal sketches, got {ks}"
+        )
+        for name, given in done.items():
+            assert [a.round for a in given] == [0, 1, 2, 3]
+            assert [a.trains for a in given] == [True, True, True, False]
+            measured = [a.global_adapter is not None for a in given]
+            assert measured == [True, False, True, True], f"{name} measured in {measured}"
+        assert run.state.phase == "finished" and run.engine.told_finished()
+        assert len(set(run.digests())) == 4, "every round was to change the adapter"
+        for record in run.records.assignments("run"):
+            expected = record.assignment.round if record.assignment.trains else None
+            assert record.merged_in == expected and record.complete
+        report = build_report(run.records, "run")
+        assert report.rounds_merged == 3 and report.plain()["finished"]
+        assert [r.device_id for r in report.rows] == list(harness.NAMES)
+        assert report.before is not None and report.after is not None
+
+
+async def test_a_device_that_is_not_measured_is_asked_to_measure_itself(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash",)) as fleet:
+        answer = await fleet["ash"].poll()
+        assert answer.kind == pb.NextTaskResponse.KIND_PROFILE
+        assert answer.profile_request.rank == harness.RANK // 4
+        stale = replace(fleet["ash"].profile.compute, base_digest="0" * 64)
+        answer = await fleet["ash"].poll(profile=replace(fleet["ash"].profile, compute=stale))
+        assert answer.kind == pb.NextTaskResponse.KIND_PROFILE, "measured with another base"
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("ash", "birch", "cedar")))[1:])
+async def test_the_adapter_is_the_same_whatever_the_order_of_arrival(
+    harness, tmp_path, undisturbed, order
+):
+    async with harness.fleet(tmp_path) as fleet:
+        for number in range(3):
+            turn = number % len(order)
+            await fleet.round(order[turn:] + order[:turn])
+        await fleet.coordinator.until(
+            lambda: fleet.coordinator.digests()[-1] is not None, "the last merge"
+        )
+        assert fleet.coordinator.digests() == undisturbed
+
+
+async def test_a_run_replayed_from_its_plans_gives_the_same_adapter(harness, tmp_path, undisturbed):
+    async with harness.fleet(tmp_path / "first") as first:
+        await first.finish()
+        plans = recorded_plans(first.coordinator.records.assignments("run"))
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    recorded = load_recorded(tmp_path / "plans.json")
+    # Fresh measurements would plan otherwise: here the fast and the slow have changed places.
+    others = {"ash": {"up_bps": 6000.0}, "cedar": {}}
+    async with harness.fleet(tmp_path / "again", recorded=recorded, profiles=others) as again:
+        done = await again.finish()
+        assert {n: [a.rank for a in g][0] for n, g in done.items()} == {
+            p["plan"]["device_id"]: p["plan"]["rank"] for p in plans if p["round"] == 0
+        }
+        assert again.coordinator.digests() == undisturbed
+
+
+async def test_a_replay_waits_for_the_devices_it_was_recorded_with(harness, tmp_path):
+    async with harness.fleet(tmp_path / "first", names=("ash", "birch"),
+                             round={"min_devices": 2}) as first:  # fmt: skip
+        await first.round()
+        plans = recorded_plans(first.coordinator.records.assignments("run"))
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    recorded = load_recorded(tmp_path / "plans.json")
+    async with harness.fleet(tmp_path / "again", names=("ash", "birch"), recorded=recorded,
+                             round={"min_devices": 1}) as again:  # fmt: skip
+        ash, birch = again["ash"], again["birch"]
+        answer = await ash.poll(profile=ash.profile)
+        assert answer.kind == pb.NextTaskResponse.KIND_WAIT, "planned without a recorded device"
+        await birch.poll(profile=birch.profile)
+        assert (await ash.take())[1].round == 0
+
+
+async def test_fedit_gives_everybody_the_whole_rank_and_agrees_with_fslora(harness, tmp_path):
+    equal = {"profiles": {}, "run": {"rounds": 2}}
+    digests = {}
+    for method in ("fedit", "fslora"):
+        async with harness.fleet(tmp_path / method, method={"name": method}, **equal) as fleet:
+            done = await fleet.finish()
+            assert {a.rank for given in done.values() for a in given if a.trains} == {harness.RANK}
+            # The method's name is part of the assignment, which keys the rounding noise of int8.
+            digests[method] = len(set(fleet.coordinator.digests()[:3]))
+    assert digests == {"fedit": 3, "fslora": 3}
+
+
+async def test_fedit_equals_fslora_bit_for_bit_when_every_ratio_is_one(harness, tmp_path):
+    digests = {}
+    for method in ("fedit", "fslora"):
+        async with harness.fleet(tmp_path / method, method={"name": method}, profiles={},
+                                 wire={"update": "float32"}, run={"rounds": 2}) as fleet:  # fmt: skip
+            await fleet.finish()
+            digests[method] = fleet.coordinator.digests()
+    assert digests["fedit"] == digests["fslora"]
+
+
+# --- restarts -----------------------------------------------------------------------------------
+
+
+async def test_a_restart_in_an_open_round_loses_nothing(harness, tmp_path, undisturbed, impatient):
+    async with harness.fleet(tmp_path) as fleet:
+        await fleet.round()
+        taken = await fleet.take()
+        ash, birch, cedar = (fleet[name] for name in harness.NAMES)
+        await ash.deliver(*taken["ash"])
+        spec, a = taken["birch"]
+        await birch.push(a, await birch.train(spec, a))  # its report is still to come
+        await fleet.restart()
+        assert fleet.coordinator.state.phase == "open"
+        assert fleet.coordinator.state.arrived == {"ash"}
+        again = await cedar.take()
+        assert again[1] == taken["cedar"][1], "the same round was to ask for the same again"
+        await birch.report(spec, a)
+        await cedar.deliver(*taken["cedar"])
+        await fleet.finish()
+        assert fleet.coordinator.digests() == undisturbed
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before-publishing", "after-publishing"])
+async def test_a_restart_around_a_merge_gives_the_same_adapter(
+    harness, tmp_path, undisturbed, impatient, before
+):
+    async with harness.fleet(tmp_path) as fleet:
+        await fleet.round()
+        taken = await fleet.take()
+        fleet.coordinator.cut_power("publish_round", before=before)
+        for name in harness.NAMES:
+            await fleet[name].deliver(*taken[name])
+        await fleet.coordinator.died()
+        await fleet.coordinator.start()
+        assert fleet.coordinator.state.phase == ("merging" if before else "gathering")
+        await fleet.finish()
+        assert fleet.coordinator.digests() == undisturbed
+
+
+async def test_a_restart_before_the_round_is_stored_plans_it_again(
+    harness, tmp_path, undisturbed, impatient
+):
+    async with harness.fleet(tmp_path) as fleet:
+        taken = await fleet.take()
+        fleet.coordinator.cut_power("open_round", before=True)
+        for name in harness.NAMES:
+            await fleet[name].deliver(*taken[name])
+        await fleet.coordinator.died()
+        await fleet.coordinator.start()
+        await fleet.finish()
+        assert fleet.coordinator.digests() == undisturbed
+
+
+async def test_an_outage_does_not_count_against_a_round(harness, tmp_path, impatient):
+    clock = harness.Clock()
+    async with harness.fleet(tmp_path, clock=clock) as fleet:
+        await fleet.take()
+        deadline = fleet.coordinator.state.deadline_at_s
+        await fleet.coordinator.kill()
+        clock.now += 3600
+        await fleet.coordinator.start()
+        assert fleet.coordinator.state.deadline_at_s >= deadline + 3590
+
+
+async def test_a_restart_of_a_finished_run_says_so(harness, tmp_path, impatient):
+    async with harness.fleet(tmp_path, names=("ash",), run={"rounds": 1},
+                             round={"min_devices": 1}) as fleet:  # fmt: skip
+        await fleet.finish()
+        digests = fleet.coordinator.digests()
+        await fleet.restart()
+        answer = await fleet["ash"].poll(wait_s=5.0)
+        assert answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED
+        assert fleet.coordinator.digests() == digests
+
+
+async def test_a_run_is_not_continued_with_another_adapter(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=()) as fleet:
+        kept = fleet.coordinator.config
+    spec, shape = build_spec(kept, Path(kept.model.base))
+    records, blobs = open_state(kept.server.state)
+    try:
+        with pytest.raises(RefusalError, match=r"another base, adapter or seed; restore run\.toml"):
+            Engine(kept, replace(spec, rank=4), shape, records, blobs)
+    finally:
+        records.close()
+
+
+# --- late updates -------------------------------------------------------------------------------
+
+
+async def close_without_cedar(fleet, clock):
+    """Round 0 with ash and birch only; returns what cedar was to do and its trained update."""
+    taken = await fleet.take()
+    spec, a = taken["cedar"]
+    update = await fleet["cedar"].train(spec, a)
+    await fleet["ash"].deliver(*taken["ash"])
+    await fleet["birch"].deliver(*taken["birch"])
+    clock.now += AFTER_DEADLINE_S
+    return spec, a, update
+
+
+async def round_opened(fleet, number):
+    """Until that round is open."""
+    state = fleet.coordinator
+    await state.until(lambda: (state.state.round, state.state.phase) == (number, "open"),
+                      f"round {number}")  # fmt: skip
+
+
+async def test_a_late_update_counts_in_the_next_round_at_a_discount(harness, tmp_path):
+    clock = harness.Clock()
+    async with harness.fleet(tmp_path, clock=clock, **LATE_FLEET) as fleet:
+        run, cedar = fleet.coordinator, fleet["cedar"]
+        spec, a, update = await close_without_cedar(fleet, clock)
+        await round_opened(fleet, 1)
+        receipt, outcome = await cedar.push(a, update)
+        assert outcome == "late" and receipt.startswith("run.0.cedar:")
+        await cedar.report(spec, a)
+        await fleet.round()
+        await round_opened(fleet, 2)
+        assert run.assignment(0, "cedar").merged_in == 1
+
+        def stored(round_, name, discount):
+            record = run.assignment(round_, name)
+            return StoredUpdate(name, record.assignment, run.blobs.path(record.update_digest),
+                                record.report.train_examples * discount)  # fmt: skip
+
+        fresh = [stored(1, name, 1.0) for name in harness.NAMES]
+        before = unpack(run.blobs.path(run.digests()[1]).read_bytes(), spec, spec.rank)
+        expected = merge_round(
+            spec, run.engine._method, adapter_from_factors(spec, before),
+            [*fresh, stored(0, "cedar", 1 / math.sqrt(2))],
+        )  # fmt: skip
+        packed = pack(spec, spec.rank, adapter_to_factors(expected.adapter), encoding="float32")
+        assert hashlib.sha256(packed).hexdigest() == run.digests()[2]
+
+
+async def test_an_update_older_than_the_run_accepts_is_refused(harness, tmp_path):
+    clock = harness.Clock()
+    async with harness.fleet(tmp_path, clock=clock, **LATE_FLEET) as fleet:
+        _, a, update = await close_without_cedar(fleet, clock)
+        await round_opened(fleet, 1)
+        await fleet.round()
+        await round_opened(fleet, 2)
+        with pytest.raises(RefusedError, match="comes 2 rounds late, this run accepts 1") as told:
+            await fleet["cedar"].push(a, update)
+        assert told.value.reason is Reason.TOO_LATE
+        assert fleet.coordinator.assignment(0, "cedar").merged_in is None
+
+
+@pytest.mark.parametrize("arrives", ["before", "after"])
+async def test_a_late_update_counts_even_if_the_coordinator_fell_over_while_merging(
+    harness, tmp_path, impatient, arrives
+):
+    clock = harness.Clock()
+    async with harness.fleet(tmp_path, clock=clock, **LATE_FLEET) as fleet:
+        run, cedar = fleet.coordinator, fleet["cedar"]
+        publish = run.records.publish_round
+
+        def slowly(*args):
+            if not arrived.is_set():
+                raise harness.PowerCutError("publish_round")
+            publish(*args)
+
+        arrived = asyncio.Event()
+        if arrives == "after":
+            run.records.publish_round = slowly
+            spec, a, update = await close_without_cedar(fleet, clock)
+        else:
+            real, held = run.engine._close, asyncio.Event()
+
+            async def hang(effect):
+                held.set()
+                await asyncio.Event().wait()
+                await real(effect)
+
+            run.engine._close = hang
+            spec, a, update = await close_without_cedar(fleet, clock)
+            await asyncio.wait_for(held.wait(), 10)
+            await cedar.push(a, update)
+            await cedar.report(spec, a)
+            await run.kill()
+        if arrives == "after":
+            await run.died()
+        await run.start()
+        assert run.state.phase == "merging"
+        if arrives == "after":
+            await cedar.push(a, update)
+            await cedar.report(spec, a)
+        await fleet.round()
+        await round_opened(fleet, 2)
+        assert run.assignment(0, "cedar").merged_in == 1
+
+
+async def test_what_was_refused_as_too_late_stays_out_after_a_restart(harness, tmp_path, impatient):
+    clock = harness.Clock()
+    async with harness.fleet(tmp_path, clock=clock, **LATE_FLEET) as fleet:
+        run, cedar = fleet.coordinator, fleet["cedar"]
+        spec, a, update = await close_without_cedar(fleet, clock)
+        await round_opened(fleet, 1)
+        await cedar.push(a, update)  # in time, but its report comes two rounds later
+        await fleet.round()
+        await round_opened(fleet, 2)
+        await cedar.report(spec, a)
+        assert run.state.late == ()
+        await fleet.restart()
+        assert run.state.late == (), "a restart was to change nothing"
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+ONE = {"names": ("ash",), "round": {"min_devices": 1}}
+
+
+async def one_device(fleet, name="ash"):
+    """(device, spec, assignment, packed update) of the first round."""
+    device = fleet[name]
+    spec, a = await device.take()
+    return device, spec, a, await device.train(spec, a)
+
+
+async def put_all(device, upload_id, data):
+    """Every chunk of an update that fits one chunk."""
+    await device.put(upload_id, 0, data, crc32(data))
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+async def test_an_update_of_the_wrong_size_is_refused_before_a_byte_is_taken(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        expected = packed_bytes(spec, a.rank, a.update_encoding)
+        assert update.stat().st_size == expected
+        update.write_bytes(update.read_bytes() + b"x")
+        with pytest.raises(RefusedError, match=f"update of {expected + 1:,} bytes") as told:
+            await device.push(a, update)
+        assert told.value.reason is Reason.WRONG_SIZE
+        assert not list((tmp_path / "state" / "blobs" / "uploads").iterdir())
+
+
+async def test_an_update_with_nan_is_refused_and_forgotten(harness, tmp_path):
+    async with harness.fleet(tmp_path, wire={"update": "float32"}, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        good = update.read_bytes()
+        bad = good[:-4] + np.float32(np.nan).tobytes()
+        update.write_bytes(bad)
+        with pytest.raises(RefusedError, match="holds NaN or infinite values") as told:
+            await device.push(a, update)
+        assert told.value.reason is Reason.BAD_UPDATE
+        assert not fleet.coordinator.blobs._place(sha256(bad)).exists()
+        update.write_bytes(good)
+        assert (await device.push(a, update))[1] == "accepted", "the good one was still to come"
+
+
+async def test_a_bad_update_does_not_take_a_kept_blob_with_it(harness, tmp_path):
+    """A whole float32 slice is the adapter itself: pushed back as an update, it must survive."""
+    exact = {"update": "float32", "slice": "float32"}
+    async with harness.fleet(tmp_path, wire=exact, **ONE) as fleet:
+        device, spec, a, _ = await one_device(fleet)
+        assert a.slice.digest == fleet.coordinator.digests()[0]
+        slice_ = await device.link.fetch(a.slice, tmp_path)
+        with pytest.raises(RefusedError) as told:
+            await device.push(a, slice_)
+        assert told.value.reason is Reason.BAD_UPDATE
+        assert sha256(fleet.coordinator.blobs.path(a.slice.digest).read_bytes()) == a.slice.digest
+        await fleet.finish()
+
+
+async def test_an_update_trained_for_another_assignment_is_refused(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        other = replace(a, reason="another")
+        received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
+        with pytest.raises(RefusedError, match="answers assignment") as told:
+            await device.push(a, device.write_update(spec, other, received))
+        assert told.value.reason is Reason.BAD_UPDATE
+
+
+async def test_a_second_update_for_an_assignment_is_refused(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        await device.push(a, update)
+        first = sha256(update.read_bytes())
+        await device.push(a, update)  # the same again is no second one
+        received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
+        second = device.write_update(spec, a, harness.make_delta(received, 99))
+        with pytest.raises(RefusedError, match="the first one stands") as told:
+            await device.push(a, second)
+        assert told.value.reason is Reason.EQUIVOCATION
+        assert fleet.coordinator.assignment(0, "ash").update_digest == first
+
+
+async def test_of_two_updates_begun_side_by_side_only_one_gets_a_receipt(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        first = update.read_bytes()
+        received = unpack(first, spec, a.rank, assignment_digest=a.digest)
+        second = device.write_update(spec, a, harness.make_delta(received, 99)).read_bytes()
+        ids = []
+        for data in (first, second):
+            begun = await device.begin(a.assignment_id, sha256(data), len(data))
+            await put_all(device, begun.upload_id, data)
+            ids.append(begun.upload_id)
+        assert (await device.commit(ids[0])).receipt.endswith(sha256(first))
+        assert await harness.reason_for(device.commit(ids[1])) is Reason.EQUIVOCATION
+        assert fleet.coordinator.assignment(0, "ash").update_digest == sha256(first)
+
+
+async def test_of_two_updates_committed_at_once_only_one_gets_a_receipt(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        first = update.read_bytes()
+        received = unpack(first, spec, a.rank, assignment_digest=a.digest)
+        second = device.write_update(spec, a, harness.make_delta(received, 99)).read_bytes()
+        ids = []
+        for data in (first, second):
+            begun = await device.begin(a.assignment_id, sha256(data), len(data))
+            await put_all(device, begun.upload_id, data)
+            ids.append(begun.upload_id)
+        answers = await asyncio.gather(*map(device.commit, ids), return_exceptions=True)
+        receipts = [answer.receipt for answer in answers if hasattr(answer, "receipt")]
+        standing = fleet.coordinator.assignment(0, "ash").update_digest
+        assert receipts == [f"{a.assignment_id}:{standing}"]
+
+
+async def test_an_assignment_of_another_device_cannot_be_answered(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash", "birch"), round={"min_devices": 2}) as fleet:
+        taken = await fleet.take()
+        spec, a = taken["birch"]
+        ash = fleet["ash"]
+        for call in (
+            ash.push(a, await fleet["birch"].train(spec, a)),
+            ash.link.report(LocalReport(a.assignment_id, "done", train_examples=1), 1.0),
+        ):
+            with pytest.raises(RefusedError, match="not this device's") as told:
+                await call
+            assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
+        begun = await fleet["birch"].begin(a.assignment_id, "0" * 64, packed_bytes(
+            spec, a.rank, a.update_encoding))  # fmt: skip
+        stolen = ash.put(begun.upload_id, 0, b"x", crc32(b"x"))
+        assert await harness.reason_for(stolen) is Reason.UNKNOWN_ASSIGNMENT
+        assert await harness.reason_for(ash.commit("nonsense")) is Reason.UNKNOWN_UPLOAD
+
+
+async def test_committing_twice_gives_the_same_receipt_even_after_the_round(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        data = update.read_bytes()
+        begun = await device.begin(a.assignment_id, sha256(data), len(data))
+        await put_all(device, begun.upload_id, data)
+        first = await device.commit(begun.upload_id)
+        assert await device.commit(begun.upload_id) == first
+        await device.report(spec, a)
+        await round_opened(fleet, 1)
+        assert (await device.commit(begun.upload_id)) == first
+
+
+async def test_the_first_report_stands(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        await device.link.report(LocalReport(a.assignment_id, "out_of_memory"), 5.0)
+        await device.link.report(LocalReport(a.assignment_id, "done", train_examples=5), 5.0)
+        record = fleet.coordinator.assignment(0, "ash")
+        assert (record.state, record.report.outcome) == ("failed", "out_of_memory")
+
+
+async def test_a_report_of_training_on_nothing_is_refused(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, _, a, _ = await one_device(fleet)
+        with pytest.raises(RefusedError, match="names no examples") as told:
+            await device.link.report(LocalReport(a.assignment_id, "done"), 5.0)
+        assert told.value.reason is Reason.BAD_REQUEST
+
+
+async def test_a_device_that_cannot_fit_is_told_why(harness, tmp_path):
+    small = {"ash": {"memory_bytes": 6 * 10**8}}
+    async with harness.fleet(tmp_path, profiles=small, **ONE) as fleet:
+        device = fleet["ash"]
+        with pytest.raises(RefusedError, match="ash does not fit: needs .* use a smaller") as told:
+            await device.poll(profile=device.profile)
+        assert told.value.reason is Reason.DOES_NOT_FIT
+
+
+# --- the long poll ------------------------------------------------------------------------------
+
+
+async def test_a_long_poll_returns_as_soon_as_there_is_work(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash", "birch"), round={"min_devices": 2}) as fleet:
+        ash, birch = fleet["ash"], fleet["birch"]
+        begun = time.monotonic()
+        waiting = asyncio.create_task(ash.poll(wait_s=30.0, profile=ash.profile))
+        await asyncio.sleep(0.1)
+        assert not waiting.done(), "there was nothing to do yet"
+        await birch.poll(profile=birch.profile)
+        assert (await waiting).kind == pb.NextTaskResponse.KIND_ASSIGNMENT
+        assert time.monotonic() - begun < 5
+
+
+async def test_a_heartbeat_is_answered_at_once(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, _, a, _ = await one_device(fleet)
+        begun = time.monotonic()
+        answer = await device.poll(wait_s=30.0, working_on=a.assignment_id)
+        assert answer.kind == pb.NextTaskResponse.KIND_WAIT
+        assert time.monotonic() - begun < 5
+
+
+async def test_a_wait_that_is_no_number_of_seconds_is_no_wait(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash",)) as fleet:
+        device = fleet["ash"]
+        for wait_s in (math.nan, -1.0, -math.inf):
+            request = pb.NextTaskRequest(wait_s=wait_s)
+            await device.poll(profile=device.profile)
+            answer = await device.link._fleet.NextTask(
+                request, timeout=5, metadata=device.link._metadata
+            )
+            assert answer.kind == pb.NextTaskResponse.KIND_WAIT
+
+
+async def test_numbers_that_are_none_are_refused_in_reports(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, _, a, _ = await one_device(fleet)
+        told = pb.LocalReport(assignment_id=a.assignment_id, outcome="done", train_examples=1,
+                              train_loss=math.nan)  # fmt: skip
+        call = device.link._fleet.Report(
+            pb.ReportRequest(report=told), timeout=5, metadata=device.link._metadata
+        )
+        assert await harness.reason_for(call) is Reason.BAD_REQUEST
+        assert fleet.coordinator.assignment(0, "ash").report is None

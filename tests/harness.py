@@ -1,0 +1,394 @@
+"""A coordinator in this process, and devices that only pretend to train.
+
+Everything between them is real: Link, gRPC over loopback, engine, database, blobs. A device's
+"training" is a seeded function of the slice it received, so two runs with the same assignments
+must end with the same bytes. Knows no torch; the base model is a handful of bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import struct
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+
+from coordinator.config import RunConfig
+from coordinator.engine import Engine, build_spec
+from coordinator.enrolment import Enrolment, join_token
+from coordinator.serve import open_state
+from coordinator.service import add_services, make_server
+from edge_agent.link import Link
+from profiles.device import ComputeProfile, DeviceProfile
+from profiles.link import LinkProfile
+from protos.contract import (
+    AdapterSpec,
+    Assignment,
+    Evaluation,
+    LocalReport,
+    ProfileRequest,
+    from_message,
+)
+from protos.packing import Factors, pack, unpack
+from protos.sketchfleet.v1 import fleet_pb2 as pb
+from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
+from protos.status import reason_of
+
+BASES = Path()  # shared, since the place of a base is part of what a run's devices agree on
+RANK = 8
+NAMES = ("ash", "birch", "cedar")
+SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+
+
+class PowerCutError(Exception):
+    """The coordinator's process is gone at this very instruction."""
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    def __init__(self, now=1_000_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def write_base(folder, dimensions=SMALL):
+    """A folder that passes for a Llama: dimensions, a tokenizer and weights that nobody reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1,
+              "vocab_size": 32, **dimensions}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    return folder
+
+
+def make_config(base, state, **sections):
+    """A run of three rounds over `base`; `sections` override keys of run.toml by section."""
+    plain = {
+        "run": {"name": "run", "seed": 7, "rounds": 3},
+        "model": {"base": str(base)},
+        "adapter": {"rank": RANK, "alpha": 16.0},
+        "training": {"precision": "nf4", "sequence_tokens": 64, "local_steps": 4},
+        "round": {"min_devices": len(NAMES), "gather_s": 0.0, "round_s": 10.0},
+        "evaluation": {"every_rounds": 2, "sequences": 2},
+        "server": {"listen": "127.0.0.1:0", "state": str(state)},
+    }
+    for section, keys in sections.items():
+        plain[section] = {**plain.get(section, {}), **keys}
+    return RunConfig.model_validate(plain)
+
+
+def make_profile(base_digest, *, up_bps=100e6, tokens_per_s=2000.0, memory_bytes=8 * 10**9):
+    """A measured device; a slow link or processor makes the planner choose a smaller k."""
+    return DeviceProfile(
+        board="board of the test",
+        cpu="cpu of the test",
+        cores=4,
+        memory_total_bytes=memory_bytes,
+        memory_available_bytes=memory_bytes,
+        disk_free_bytes=10**11,
+        agent_version="test",
+        compute=ComputeProfile(
+            base_digest=base_digest,
+            precision="nf4",
+            tokens_per_s=tokens_per_s,
+            forward_tokens_per_s=3 * tokens_per_s,
+            baseline_bytes=3 * 10**8,
+            peak_bytes=4 * 10**8,
+            rank=2,
+            sequence_tokens=64,
+            micro_batch=4,
+        ),
+        link=LinkProfile(up_bps=up_bps, down_bps=up_bps, rtt_s=0.01),
+    )
+
+
+class Coordinator:
+    """Serves from one state folder; can be killed and started again on the same port."""
+
+    def __init__(self, config, *, clock=time.time, recorded=None):
+        self.config, self.clock, self.recorded = config, clock, recorded
+        self.port = 0
+        self.running = False
+
+    async def start(self):
+        """New objects over whatever the state folder holds."""
+        state = self.config.server.state
+        spec, shape = build_spec(self.config, Path(self.config.model.base))
+        self.records, self.blobs = open_state(state)
+        self.token, _ = join_token(state)
+        self.engine = Engine(
+            self.config, spec, shape, self.records, self.blobs,
+            recorded=self.recorded, clock=self.clock,
+        )  # fmt: skip
+        self.server = make_server()
+        add_services(self.server, Enrolment(self.records, self.token, 86400.0), self.engine)
+        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self.server.start()
+        self.driving = asyncio.create_task(self.engine.run())
+        self.running = True
+
+    async def kill(self):
+        """Ends without saying goodbye to anybody."""
+        if not self.running:
+            return
+        self.running = False
+        pending = [self.driving, *self.engine._work]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        await self.server.stop(0)
+        self.records.close()
+
+    def cut_power(self, method, *, before):
+        """The process dies at the next call of this method of the records, before or after it."""
+        real = getattr(self.records, method)
+
+        def dying(*args, **keywords):
+            if not before:
+                real(*args, **keywords)
+            raise PowerCutError(method)
+
+        setattr(self.records, method, dying)
+
+    async def died(self):
+        """Waits until the power cut that was asked for has happened, then removes what is left."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self.driving), 10)
+        except PowerCutError:
+            pass
+        else:
+            raise AssertionError("the coordinator was to die, but finished its run")
+        await self.kill()
+
+    @property
+    def address(self):
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def state(self):
+        return self.engine.state
+
+    def assignment(self, round_, device):
+        """The record of one assignment."""
+        return self.records.assignment(f"{self.engine.spec.run_id}.{round_}.{device}")
+
+    def digests(self):
+        """Blob of the global adapter after 0, 1, ... rounds."""
+        rounds = self.config.run.rounds
+        return [self.records.adapter_digest(self.engine.spec.run_id, v) for v in range(rounds + 1)]
+
+    async def until(self, true, what, within_s=10.0):
+        """Waits until `true()` holds."""
+        until = time.monotonic() + within_s
+        while not true():
+            assert time.monotonic() < until, f"{what} did not happen within {within_s:.0f} s"
+            if self.driving.done() and self.driving.exception() is not None:
+                raise self.driving.exception()
+            await asyncio.sleep(0.005)
+
+
+class Device:
+    """One agent without a trainer."""
+
+    def __init__(self, name, address, folder, profile):
+        self.name, self.folder, self.profile = name, folder, profile
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.link = Link(address)
+
+    async def enroll(self, token):
+        """Joins and says at the first poll what it is."""
+        await self.link.enroll(token, self.name, "test", 5.0)
+
+    async def poll(self, wait_s=0.0, working_on="", profile=None):
+        """One long poll."""
+        return await self.link.next_task(profile, working_on, wait_s, 10.0)
+
+    async def take(self, within_s=10.0):
+        """The next assignment, with the run's spec."""
+        until = time.monotonic() + within_s
+        while time.monotonic() < until:
+            answer = await self.poll(wait_s=1.0, profile=self.profile)
+            if answer.kind == pb.NextTaskResponse.KIND_ASSIGNMENT:
+                return (from_message(answer.spec, AdapterSpec),
+                        from_message(answer.assignment, Assignment))  # fmt: skip
+            assert answer.kind == pb.NextTaskResponse.KIND_WAIT, f"{self.name} was told {answer}"
+        raise AssertionError(f"{self.name} got no assignment within {within_s:.0f} s")
+
+    async def train(self, spec, a):
+        """A packed update that depends on the slice as received and on the assignment's seed."""
+        received = unpack((await self.link.fetch(a.slice, self.folder)).read_bytes(), spec, a.rank,
+                          encoding=a.slice.encoding)  # fmt: skip
+        return self.write_update(spec, a, make_delta(received, a.seed))
+
+    def write_update(self, spec, a, delta):
+        """A delta as the file that would be pushed."""
+        path = self.folder / f"{a.assignment_id}.update"
+        path.write_bytes(pack(spec, a.rank, delta, encoding=a.update_encoding,
+                              assignment_digest=a.digest, seed=a.seed))  # fmt: skip
+        return path
+
+    async def push(self, a, path):
+        """(receipt, outcome) of pushing a file as the update of an assignment."""
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return await self.link.push(a.assignment_id, digest, path)
+
+    async def report(self, spec, a):
+        """Reports; measures the whole adapter when it was sent along."""
+        measured = ()
+        if a.global_adapter is not None:
+            path = await self.link.fetch(a.global_adapter, self.folder)
+            whole = unpack(path.read_bytes(), spec, spec.rank, encoding=a.global_adapter.encoding)
+            size = float(np.sqrt(sum(np.square(f.up).sum() for f in whole.values())))
+            measured = (Evaluation("global", "received", 3.0 / (1 + size), 0.5, 1000),)
+        examples = 10 + len(self.name) if a.trains else 0
+        await self.link.report(
+            LocalReport(a.assignment_id, "done", evaluations=measured, train_examples=examples),
+            10.0,
+        )
+
+    async def deliver(self, spec, a):
+        """Does all that an assignment asks for."""
+        if a.trains:
+            await self.push(a, await self.train(spec, a))
+        await self.report(spec, a)
+
+    async def work(self):
+        """Takes and delivers until the run is finished; the assignments in order."""
+        done = []
+        profile = self.profile
+        while True:
+            answer = await self.poll(wait_s=2.0, profile=profile)
+            profile = None
+            if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
+                return done
+            spec = from_message(answer.spec, AdapterSpec)
+            if answer.kind == pb.NextTaskResponse.KIND_PROFILE:
+                from_message(answer.profile_request, ProfileRequest)
+                profile = self.profile
+            elif answer.kind == pb.NextTaskResponse.KIND_ASSIGNMENT:
+                a = from_message(answer.assignment, Assignment)
+                await self.deliver(spec, a)
+                done.append(a)
+
+    # --- below Link: single calls, to send what Link never would --------------------------------
+
+    async def begin(self, assignment_id, digest, size_bytes):
+        """One BeginPush."""
+        return await self.link._transfer.BeginPush(
+            pb.BeginPushRequest(assignment_id=assignment_id, digest=digest, size_bytes=size_bytes),
+            timeout=10, metadata=self.link._metadata,
+        )  # fmt: skip
+
+    async def put(self, upload_id, offset, data, checksum):
+        """One PutChunk."""
+        return await self.link._transfer.PutChunk(
+            pb.PutChunkRequest(upload_id=upload_id, offset=offset, data=data, crc32=checksum),
+            timeout=10, metadata=self.link._metadata,
+        )  # fmt: skip
+
+    async def commit(self, upload_id):
+        """One CommitPush."""
+        return await self.link._transfer.CommitPush(
+            pb.CommitPushRequest(upload_id=upload_id), timeout=10, metadata=self.link._metadata
+        )
+
+
+def make_delta(received, seed, size=0.02):
+    """What a device "learnt": noise plus a pull towards zero, so wrong input gives wrong output."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: Factors(
+            (size * rng.normal(size=part.up.shape) - 0.1 * part.up).astype(np.float32),
+            (size * rng.normal(size=part.down.shape) - 0.1 * part.down).astype(np.float32),
+        )
+        for name, part in received.items()
+    }
+
+
+class Fleet:
+    """A coordinator and its enrolled devices by name."""
+
+    def __init__(self, coordinator, devices):
+        self.coordinator, self.devices = coordinator, devices
+
+    def __getitem__(self, name):
+        return self.devices[name]
+
+    async def restart(self):
+        """Kills the coordinator and starts it again over the same state."""
+        await self.coordinator.kill()
+        await self.coordinator.start()
+
+    async def take(self):
+        """The next assignment of every device: name -> (spec, assignment)."""
+        taken = await asyncio.gather(*(d.take() for d in self.devices.values()))
+        return dict(zip(self.devices, taken, strict=True))
+
+    async def round(self, order=None):
+        """Everybody takes and then, one after the other in this order, delivers."""
+        taken = await self.take()
+        for name in order or self.devices:
+            await self[name].deliver(*taken[name])
+
+    async def finish(self):
+        """Everybody works until the run is finished: name -> assignments."""
+        done = await asyncio.gather(*(d.work() for d in self.devices.values()))
+        return dict(zip(self.devices, done, strict=True))
+
+
+# What makes the planner give each device another k of RANK within a round of 10 s.
+UNEQUAL = {
+    "ash": {},
+    "birch": {"tokens_per_s": 170.0},
+    "cedar": {"up_bps": 5000.0},
+}
+
+
+@contextlib.asynccontextmanager
+async def fleet(folder, *, names=NAMES, profiles=UNEQUAL, dimensions=SMALL, clock=time.time,
+                recorded=None, **sections):  # fmt: skip
+    """A started coordinator under `folder` and these devices, enrolled."""
+    base = write_base(BASES / str(dimensions["hidden_size"]), dimensions)
+    config = make_config(base, folder / "state", **sections)
+    coordinator = Coordinator(config, clock=clock, recorded=recorded)
+    await coordinator.start()
+    digest = coordinator.engine.spec.base_digest
+    devices = {
+        name: Device(name, coordinator.address, folder / name,
+                     make_profile(digest, **profiles.get(name, {})))
+        for name in names
+    }  # fmt: skip
+    try:
+        for device in devices.values():
+            await device.enroll(coordinator.token)
+        yield Fleet(coordinator, devices)
+    finally:
+        for device in devices.values():
+            await device.link.close()
+        await coordinator.kill()
+
+
+async def reason_for(call):
+    """The reason a single call is refused for."""
+    try:
+        answer = await call
+    except grpc.aio.AioRpcError as error:
+        return reason_of(error)[0]
+    raise AssertionError(f"the call was to be refused, it was answered: {answer}")
+
+
+def raw_transfer(address):
+    """(channel, stub) without the limits that Link puts on itself."""
+    unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    channel = grpc.aio.insecure_channel(address, options=unlimited)
+    return channel, rpc.TransferServiceStub(channel)
