@@ -77,6 +77,10 @@ def _serve(args: argparse.Namespace) -> int:
 
     config = load_config(args.config)
     import asyncio
+    import os
+
+    # gRPC's own line about a port in use would stand before our sentence; read when it is loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
     from coordinator.serve import load_recorded, serve
     from profiles.events import set_up_logging

@@ -26,7 +26,7 @@ class ConfigError(SketchfleetError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(_Section):
@@ -186,7 +186,7 @@ def load_config(path: Path) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from error
     here = path.resolve().parent
-    server = config.server.model_copy(update={"state": here / config.server.state})
+    server = config.server.model_copy(update={"state": here / config.server.state.expanduser()})
     base = config.model.base
     if (here / base).is_dir():
         base = str((here / base).resolve())
@@ -196,7 +196,9 @@ def load_config(path: Path) -> RunConfig:
 
 def _explain(error: ValidationError) -> str:
     """The first problem as one sentence, with a suggestion for a misspelt key."""
-    first = error.errors()[0]
+    found = error.errors()
+    # A misspelt section is also a missing one; the misspelling is what helps.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         known = _keys(where[:-1])

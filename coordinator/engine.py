@@ -160,16 +160,15 @@ class Engine:
         given = self._records.assignments(self.spec.run_id)
         here = [a for a in given if a.assignment.round == last.round]
         earlier = [a for a in given if a.assignment.trains and a.merged_in is None
-                   and (a.assignment.round < last.round or last.phase == "merged")]  # fmt: skip
+                   and (a.assignment.round < last.round or last.phase != "open")]  # fmt: skip
         owed = rounds.RunState(
             round=last.round,
             outstanding=frozenset(_key(a) for a in earlier if not _arrived(a)),
-            late=tuple(sorted(_key(a) for a in earlier if _arrived(a))),
         )
         if last.phase == "merged":
             if last.evaluate_only:
                 return dataclasses.replace(owed, phase="finished")
-            return dataclasses.replace(owed, round=last.round + 1)
+            return self._with_late(dataclasses.replace(owed, round=last.round + 1), earlier)
         state = dataclasses.replace(
             owed,
             evaluating=last.evaluate_only,
@@ -184,12 +183,26 @@ class Engine:
             on_time = tuple(last.detail["on_time"])
             late = tuple((device, int(number)) for device, number in last.detail["late"])
             closing = rounds.CloseRound(last.round, on_time, late, last.evaluate_only)
-            waiting = tuple(pair for pair in state.late if pair not in late)
-            return dataclasses.replace(state, phase="merging", closing=closing, late=waiting)
-        state = rounds.extended(dataclasses.replace(state, phase="open"), max(0.0, away_s))
+            taken = {*late, *((device, last.round) for device in on_time)}
+            missed = [a for a in earlier if _key(a) not in taken]
+            state = dataclasses.replace(state, phase="merging", closing=closing)
+            return self._with_late(state, missed)
+        state = self._with_late(dataclasses.replace(state, phase="open"), earlier)
+        state = rounds.extended(state, max(0.0, away_s))
         self._records.move_deadline(self.spec.run_id, last.round, state.deadline_at_s)
         log.info("round resumed", extra={"round": last.round, "away_s": round(away_s, 1)})
         return state
+
+    def _with_late(
+        self, state: rounds.RunState, owed: Sequence[AssignmentRecord]
+    ) -> rounds.RunState:
+        """The state with those of the owed updates that are in and may still be merged."""
+        late = sorted(
+            _key(a)
+            for a in owed
+            if _arrived(a) and rounds.too_late(state, a.assignment.round, self._policy) is None
+        )
+        return dataclasses.replace(state, late=tuple(late))
 
     async def run(self) -> None:
         """Ticks until the run is finished and every device has been told."""
@@ -205,7 +218,8 @@ class Engine:
                 self._records.alive(self.spec.run_id, now)
                 noted = now
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout=0.5)
+                async with asyncio.timeout(0.5):  # 3.11's wait_for may swallow a cancellation
+                    await self._changed.wait()
             if self._failure is not None:
                 raise self._failure
 
@@ -445,7 +459,8 @@ class Engine:
             if left <= 0:
                 return Task("wait", self.spec, message=self._left_out.get(device_id, ""))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), timeout=left)
+                async with asyncio.timeout(left):
+                    await changed.wait()
 
     def _task_now(self, device_id: str, working_on: str) -> Task | None:
         state = self.state
@@ -498,14 +513,10 @@ class Engine:
             )
         if record.update_digest is None:
             self._refuse_too_late(assignment)
-        elif record.update_digest != digest:
-            raise RefusalError(
-                Reason.EQUIVOCATION,
-                f"another update for {assignment_id} was already accepted; the first one stands",
-            )
+        _refuse_second(record, digest)
         upload_id = hashlib.sha256(f"{assignment_id}\0{digest}".encode()).hexdigest()[:32]
         self._records.put_upload(UploadRecord(upload_id, assignment_id, digest, size_bytes))
-        if record.update_digest == digest:
+        if record.update_digest == digest or self._blobs.holds(digest):
             return upload_id, size_bytes
         return upload_id, self._blobs.part(upload_id, size_bytes).length
 
@@ -528,24 +539,29 @@ class Engine:
         record = self._own(device_id, upload.assignment_id)
         if record.update_digest is None:
             self._refuse_too_late(record.assignment)
-            self._blobs.part(upload_id, upload.size_bytes)
-            try:
-                path = self._blobs.finish(upload_id, upload.digest)
-            except TransferError as error:
-                raise RefusalError(Reason.DIGEST_MISMATCH, str(error)) from error
+            held = self._blobs.holds(upload.digest)  # bytes that others refer to, or an earlier try
+            if not held:
+                self._blobs.part(upload_id, upload.size_bytes)
+                try:
+                    self._blobs.finish(upload_id, upload.digest)
+                except TransferError as error:
+                    raise RefusalError(Reason.DIGEST_MISMATCH, str(error)) from error
+            path = self._blobs.path(upload.digest)
             try:
                 await asyncio.to_thread(self._check_update, path, record.assignment)
             except PackingError as error:
-                self._blobs.drop(upload.digest)
+                if not held:
+                    self._blobs.drop(upload.digest)
                 raise RefusalError(Reason.BAD_UPDATE, str(error)) from error
             record = self._own(device_id, upload.assignment_id)
+        _refuse_second(record, upload.digest)
         if record.update_digest is None:
             self._records.put_update(
                 upload.assignment_id, upload.digest, upload.size_bytes, self._clock()
             )
             self._consider(upload.assignment_id)
-        late = record.assignment.round < self.state.round
-        return f"{upload.assignment_id}:{upload.digest}", "late" if late else "accepted"
+        outcome = "late" if self._closed_without(record.assignment) else "accepted"
+        return f"{upload.assignment_id}:{upload.digest}", outcome
 
     def report(self, device_id: str, report: LocalReport) -> None:
         """Takes the report of an assignment. Raises `RefusalError`."""
@@ -567,6 +583,12 @@ class Engine:
             self._feed(rounds.Failed(now, a.round, a.device_id, record.report.outcome))
         elif _arrived(record):
             self._feed(rounds.Arrived(now, a.round, a.device_id))
+
+    def _closed_without(self, assignment: Assignment) -> bool:
+        """Whether the round of an assignment closed before its update and report were in."""
+        history = self._records.all_rounds(self.spec.run_id)
+        own = next(r for r in history if r.round == assignment.round)
+        return own.phase != "open" and assignment.device_id not in own.detail["on_time"]
 
     def _own(self, device_id: str, assignment_id: str) -> AssignmentRecord:
         record = self._records.assignment(assignment_id)
@@ -596,6 +618,15 @@ class Engine:
         )  # fmt: skip
         for module in self.spec.modules:
             reader.module(module.name)  # refuses what is not finite
+
+
+def _refuse_second(record: AssignmentRecord, digest: str) -> None:
+    if record.update_digest not in (None, digest):
+        raise RefusalError(
+            Reason.EQUIVOCATION,
+            f"another update for {record.assignment.assignment_id} was already accepted; the first "
+            "one stands",
+        )
 
 
 def _key(record: AssignmentRecord) -> tuple[str, int]:

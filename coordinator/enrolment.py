@@ -16,14 +16,15 @@ from pathlib import Path
 from coordinator.store.records import Records
 from protos.contract import Reason, RefusalError
 
-DEVICE_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
+DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 def join_token(state: Path) -> tuple[str, Path]:
     """The join token of this state folder and its file (mode 0600), made on first use."""
     path = state / "join-token"
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():  # a crash may have left it empty
         state.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as stream:
             stream.write(secrets.token_urlsafe(24) + "\n")
@@ -46,7 +47,7 @@ class Enrolment:
                 "the join token is wrong; copy it from the join-token file in the coordinator's "
                 "state folder",
             )
-        if not DEVICE_NAME.match(device_name):
+        if not DEVICE_NAME.fullmatch(device_name):
             raise RefusalError(
                 Reason.BAD_REQUEST,
                 f"device name {device_name[:64]!r} is not usable; use lower-case letters, digits, "

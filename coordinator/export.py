@@ -46,8 +46,13 @@ def export_peft(
     if folder.exists():
         raise ExportError(f"{folder} already exists; name a new folder or remove it first")
     rank = _common_rank(spec, adapter)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be made ({error.strerror}); choose another place"
+        ) from error
     try:
         save_file(_tensors(spec, adapter, rank), part / WEIGHTS_FILE, metadata={"format": "pt"})
         config = json.dumps(_config(spec, rank, base_name), indent=2, sort_keys=True)

@@ -137,7 +137,7 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
         profile = None
         if request.HasField("profile"):
             profile = from_message(request.profile, DeviceProfile)
-        wait_s = min(max(request.wait_s, 0.0), MAX_WAIT_S)
+        wait_s = min(max(0.0, request.wait_s), MAX_WAIT_S)  # in this order NaN becomes 0
         task = await self._engine.next_task(device_id, profile, request.working_on, wait_s)
         return _task_message(task)
 

@@ -152,9 +152,10 @@ class Agent:
         path = self.config.coordinator.token_file
         try:
             token = path.read_text().strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not text"
             raise AgentError(
-                f"join token {path} cannot be read ({error.strerror}); copy it from the "
+                f"join token {path} cannot be read ({why}); copy it from the "
                 "coordinator's state folder and set [coordinator] token_file"
             ) from error
         self.status("enrolling")
@@ -171,12 +172,13 @@ class Agent:
 
     async def _poll(self, working_on: str, wait_s: float) -> Any:
         """One long poll; enrols again when the credential is no longer known."""
-        if time.time() > self._renew_at:
-            self._keep_credential(await self.link.renew())
         if self._profile is None:
             self._profile = self._known_profile()
         profile = None if self._profile_sent else self._profile
         try:
+            if time.time() > self._renew_at:
+                with contextlib.suppress(LinkError):  # the poll below waits for the coordinator
+                    self._keep_credential(await self.link.renew())
             answer = await self.link.next_task(profile, working_on, wait_s, math.inf)
         except RefusedError as error:
             if error.reason is not Reason.BAD_CREDENTIAL:

@@ -87,7 +87,10 @@ def _probe(args: argparse.Namespace) -> int:
             kept = config.state.folder / "credential.json"
             if not kept.is_file():
                 raise AgentError("this device has not joined a fleet yet")
-            link.credential = str(json.loads(kept.read_text())["credential"])
+            try:
+                link.credential = str(json.loads(kept.read_text())["credential"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise AgentError(f"{kept} is damaged; the next `run` enrols again") from error
             return await link.probe(metered=False)
         finally:
             await link.close()
@@ -127,11 +130,13 @@ def _status(args: argparse.Namespace) -> int:
     path = load_agent_config(args.config).state.folder / "status.json"
     try:
         plain = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        plain["running"] = Path(f"/proc/{plain['pid']}").exists()
+    except OSError as error:
         raise AgentError(
             f"no agent has run with this configuration ({path} is not there)"
         ) from error
-    plain["running"] = Path(f"/proc/{plain['pid']}").exists()
+    except (ValueError, KeyError, TypeError) as error:
+        raise AgentError(f"{path} is damaged; the next `run` writes it anew") from error
     if args.json:
         print(json.dumps(plain))
     else:

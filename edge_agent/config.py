@@ -19,7 +19,7 @@ class AgentConfigError(SketchfleetError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _host_name() -> str:
@@ -132,7 +132,9 @@ def _absolute(here: Path, pattern: str) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    first: Any = error.errors()[0]
+    found: Any = error.errors()
+    # A misspelt section is also a missing one; the misspelling is what helps.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where[-1], _keys(where[:-1]), n=1)

@@ -59,7 +59,7 @@ class TrainerProcess:
                         return event
                     case "error":
                         raise TrainerError(event["outcome"], event["message"])
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, ValueError, KeyError, TypeError) as error:
             await self.stop()
             raise TrainerError("crashed", f"the trainer broke off: {error}") from error
         except asyncio.CancelledError:

@@ -180,4 +180,6 @@ def read_shape(folder: Path) -> ModelShape:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} cannot be read: it holds no JSON object")
     return ModelShape.from_config(config)

@@ -7,13 +7,15 @@ serves all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 from pydantic import TypeAdapter, ValidationError
 
@@ -215,11 +217,16 @@ def to_plain(fact: Any) -> dict[str, Any]:
 
 
 def from_plain(kind: type[T], plain: Any) -> T:
-    """A fact from plain JSON values. Raises `ContractError` on missing or ill-typed fields."""
+    """A fact from plain JSON values.
+
+    Raises `ContractError` on missing or ill-typed fields, and on numbers that are not finite.
+    """
     try:
         fact: T = _adapter(kind).validate_python(plain)
     except ValidationError as error:
         raise ContractError(_explain(kind, error)) from error
+    if (where := _not_finite(fact)) is not None:
+        raise ContractError(f"{kind.__name__}: {where}: must be a finite number")
     return fact
 
 
@@ -238,8 +245,14 @@ def from_json(kind: type[T], text: bytes | str) -> T:
 
 
 def to_message(fact: Any, message: type[M]) -> M:
-    """A fact as a protobuf message with the same field names."""
-    return ParseDict(to_plain(fact), message())
+    """A fact as a protobuf message with the same field names.
+
+    Raises `ContractError` on numbers that the message cannot hold.
+    """
+    try:
+        return ParseDict(to_plain(fact), message())
+    except ParseError as error:
+        raise ContractError(f"{type(fact).__name__} cannot be sent: {error}") from error
 
 
 def from_message(message: Message, kind: type[T]) -> T:
@@ -254,3 +267,16 @@ def _explain(kind: type[Any], error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "value"
     return f"{kind.__name__}: {where}: {first['msg'].lower()}"
+
+
+def _not_finite(fact: Any, where: str = "") -> str | None:
+    """Where in a fact a float is NaN or infinite; None if nowhere."""
+    if isinstance(fact, float):
+        return None if math.isfinite(fact) else where
+    parts: list[tuple[str, Any]] = []
+    if dataclasses.is_dataclass(fact) and not isinstance(fact, type):
+        parts = [(field.name, getattr(fact, field.name)) for field in dataclasses.fields(fact)]
+    elif isinstance(fact, tuple):
+        parts = [(str(i), part) for i, part in enumerate(fact)]
+    found = (_not_finite(part, f"{where}.{name}".lstrip(".")) for name, part in parts)
+    return next((place for place in found if place is not None), None)

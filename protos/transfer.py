@@ -120,8 +120,10 @@ class PartFile:
             self._ahead[offset] = data
             return self.length
         self._append(data[self.length - offset :])
-        while (following := self._ahead.pop(self.length, None)) is not None:
-            self._append(following)
+        for start in sorted(self._ahead):
+            if start > self.length:
+                break
+            self._append(self._ahead.pop(start)[self.length - start :])
         return self.length
 
     def _append(self, data: bytes) -> None:

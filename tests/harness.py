@@ -43,7 +43,7 @@ BASES = Path()  # shared, since the place of a base is part of what a run's devi
 RANK = 8
 NAMES = ("ash", "birch", "cedar")
 SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
-LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
 
 
 class PowerCutError(Exception):
@@ -147,6 +147,8 @@ class Coordinator:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         await self.server.stop(0)
+        self.server = None  # its finaliser wants the loop, so it must run before the loop ends
+        await asyncio.sleep(0)
         self.records.close()
 
     def cut_power(self, method, *, before):

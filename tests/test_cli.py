@@ -218,8 +218,9 @@ def test_a_base_of_another_kind_is_refused(
     assert_one_sentence(serve(run_toml(tmp_path)), word)
 
 
-def test_a_corrupt_model_config_is_named(tmp_path: Path) -> None:
-    (model_folder(tmp_path / "base") / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_corrupt_model_config_is_named(tmp_path: Path, text: str) -> None:
+    (model_folder(tmp_path / "base") / "config.json").write_text(text)
     assert_one_sentence(serve(run_toml(tmp_path)), "config.json cannot be read")
 
 
@@ -344,6 +345,13 @@ def test_an_export_never_overwrites(coordinator: Serving, tmp_path: Path) -> Non
     before = _digests(out)
     assert_one_sentence(run("coordinator.cli", *command), f"{out} already exists")
     assert _digests(out) == before
+
+
+def test_an_export_to_an_impossible_place_is_refused(coordinator: Serving, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "adapter")
+    said = run("coordinator.cli", "export", "cli", "--state", str(coordinator.state), "--out", out)
+    assert_one_sentence(said, "adapter cannot be made")
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -474,6 +482,23 @@ def test_status_before_any_run_says_so(tmp_path: Path) -> None:
     assert_one_sentence(said, "no agent has run with this configuration")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+@pytest.mark.parametrize("command", ["run", "probe", "status"])
+def test_damaged_files_of_the_agent_give_no_traceback(
+    tmp_path: Path, command: str, text: str
+) -> None:
+    path = agent_toml(tmp_path)
+    (tmp_path / "state").mkdir()
+    for name in ("status.json", "credential.json"):
+        (tmp_path / "state" / name).write_text(text)
+    said = run("edge_agent.cli", command, "--config", str(path))
+    if command == "probe":  # the link is left out, the rest is measured
+        assert said.code == 0 and "credential.json is damaged" in said.out, said
+    else:
+        word = "join token" if command == "run" else "status.json is damaged"
+        assert_one_sentence(said, word, logs_first=True)
+
+
 def test_probe_works_without_a_coordinator(tmp_path: Path) -> None:
     said = run("edge_agent.cli", "probe", "--json", "--config", str(agent_toml(tmp_path)))
     assert said.code == 0, said.err
@@ -488,6 +513,11 @@ def test_the_demo_keeps_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
     said = run("trials.cli", "demo", "--out", str(tmp_path))
     assert_one_sentence(said, "holds other files", "--out")
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_demo_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("years of work")
+    assert_one_sentence(run("trials.cli", "demo", "--out", str(tmp_path / "out")), "is a file")
 
 
 def test_the_demo_names_the_devices_it_has(tmp_path: Path) -> None:

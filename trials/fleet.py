@@ -220,6 +220,8 @@ def fresh_folder(folder: Path) -> Path:
     Raises `FleetError` when the folder holds something that a fleet did not write.
     """
     if folder.exists():
+        if not folder.is_dir():
+            raise FleetError(f"{folder} is a file; choose another --out")
         if any(folder.iterdir()) and not (folder / "run.toml").is_file():
             raise FleetError(f"{folder} holds other files; choose another --out")
         shutil.rmtree(folder)

@@ -29,6 +29,10 @@ class BlobStore:
             raise UnknownBlobError(f"blob {digest[:12]} is not kept here; ask for a new task")
         return path
 
+    def holds(self, digest: str) -> bool:
+        """Whether the blob is kept here. Raises `UnknownBlobError` on what is no digest."""
+        return self._place(digest).is_file()
+
     def put(self, data: bytes, encoding: Encoding) -> BlobRef:
         """Keeps bytes durably; idempotent."""
         digest = hashlib.sha256(data).hexdigest()

@@ -1,0 +1,232 @@
+"""Facts that travel: equal to their messages, whole after every trip, refused when ill-formed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
+from profiles.link import LinkProfile
+from profiles.model import ModuleShape
+from protos.contract import (
+    AdapterSpec,
+    Assignment,
+    BlobRef,
+    ContractError,
+    Evaluation,
+    LocalReport,
+    ProfileRequest,
+    canonical_json,
+    from_json,
+    from_message,
+    from_plain,
+    to_message,
+    to_plain,
+)
+from protos.sketchfleet.v1 import fleet_pb2 as pb
+
+TRAVELLERS = {
+    AdapterSpec: pb.AdapterSpec,
+    Assignment: pb.Assignment,
+    BlobRef: pb.BlobRef,
+    ComputeProfile: pb.ComputeProfile,
+    DeviceProfile: pb.DeviceProfile,
+    Evaluation: pb.Evaluation,
+    GpuProfile: pb.GpuProfile,
+    LinkProfile: pb.LinkProfile,
+    LocalReport: pb.LocalReport,
+    ModuleShape: pb.ModuleShape,
+    ProfileRequest: pb.ProfileRequest,
+}
+ONE_OF_EACH = {int: 7, float: 0.5, str: "word", bool: True}
+by_name = pytest.mark.parametrize("kind", TRAVELLERS, ids=lambda kind: kind.__name__)
+
+
+def is_optional(hint):
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def make(kind, **changes):
+    """One fact of a kind with every field set, nested ones too."""
+
+    def value(hint):
+        if is_optional(hint):
+            return value(typing.get_args(hint)[0])
+        if typing.get_origin(hint) is typing.Literal:
+            return typing.get_args(hint)[0]
+        if typing.get_origin(hint) is tuple:
+            return (value(typing.get_args(hint)[0]),)
+        return make(hint) if dataclasses.is_dataclass(hint) else ONE_OF_EACH[hint]
+
+    hints = typing.get_type_hints(kind)
+    return kind(**({f.name: value(hints[f.name]) for f in dataclasses.fields(kind)} | changes))
+
+
+def facts(kind):
+    """Any fact of a kind that the wire can hold."""
+
+    def values(hint):
+        if is_optional(hint):
+            return st.none() | values(typing.get_args(hint)[0])
+        if typing.get_origin(hint) is typing.Literal:
+            return st.sampled_from(typing.get_args(hint))
+        if typing.get_origin(hint) is tuple:
+            return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)
+        if dataclasses.is_dataclass(hint):
+            return facts(hint)
+        return {
+            int: st.integers(0, 2**31 - 1),
+            float: st.floats(allow_nan=False, allow_infinity=False),
+            str: st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+            bool: st.booleans(),
+        }[hint]
+
+    hints = typing.get_type_hints(kind)
+    return st.builds(kind, **{f.name: values(hints[f.name]) for f in dataclasses.fields(kind)})
+
+
+@by_name
+def test_a_fact_and_its_message_have_the_same_fields(kind):
+    mine = {field.name for field in dataclasses.fields(kind)}
+    theirs = {field.name for field in TRAVELLERS[kind].DESCRIPTOR.fields}
+    assert mine == theirs, f"{kind.__name__} and fleet.proto differ in {sorted(mine ^ theirs)}"
+
+
+@by_name
+def test_what_may_be_absent_is_optional_in_the_message_too(kind):
+    hints = typing.get_type_hints(kind)
+    may = {f.name for f in dataclasses.fields(kind) if is_optional(hints[f.name])}
+    fields = TRAVELLERS[kind].DESCRIPTOR.fields
+    optional = {f.name for f in fields if f.containing_oneof is not None}
+    assert may == optional, "an absent value would arrive as zero, or zero as absent"
+
+
+@pytest.mark.parametrize("kind", TRAVELLERS, ids=lambda kind: kind.__name__)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_fact_survives_the_wire_and_the_database(kind, data):
+    fact = data.draw(facts(kind))
+    parsed = TRAVELLERS[kind].FromString(to_message(fact, TRAVELLERS[kind]).SerializeToString())
+    for back in (from_message(parsed, kind), from_json(kind, canonical_json(fact))):
+        assert back == fact
+        assert canonical_json(back) == canonical_json(fact), "digests would differ at both ends"
+
+
+def test_large_seeds_and_sizes_survive():
+    spec = make(AdapterSpec, seed=2**64 - 1)
+    assert from_message(to_message(spec, pb.AdapterSpec), AdapterSpec) == spec
+    blob = make(BlobRef, size_bytes=2**62)
+    assert from_message(to_message(blob, pb.BlobRef), BlobRef) == blob
+
+
+def test_a_whole_number_in_a_float_field_gives_the_same_digest_at_both_ends():
+    spec = make(AdapterSpec, alpha=32)
+    assert from_message(to_message(spec, pb.AdapterSpec), AdapterSpec).digest == spec.digest
+
+
+def test_the_digest_is_that_of_sorted_compact_json():
+    spec = AdapterSpec("run", "org/base", "main", "ab" * 32, 8, 16.0, False, 5,
+                       (ModuleShape("q", 4, 3),))  # fmt: skip
+    text = (
+        '{"alpha":16.0,"base":"org/base","base_digest":"' + "ab" * 32 + '","base_revision":"main",'
+        '"modules":[{"in_features":3,"name":"q","out_features":4}],"rank":8,"run_id":"run",'
+        '"seed":5,"use_rslora":false}'
+    )
+    assert canonical_json(spec) == text.encode()
+    assert spec.digest == hashlib.sha256(text.encode()).digest()
+
+
+@pytest.mark.parametrize("kind", [AdapterSpec, Assignment])
+def test_every_field_changes_the_digest(kind):
+    fact = make(kind)
+    other = {int: 8, float: 0.25, str: "other", bool: False, tuple: (), BlobRef: None}
+    hints = typing.get_type_hints(kind)
+    seen = {fact.digest}
+    for field in dataclasses.fields(kind):
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            change = typing.get_args(hints[field.name])[1]
+        else:
+            change = other[type(getattr(fact, field.name))]
+        changed = dataclasses.replace(fact, **{field.name: change})
+        assert changed.digest not in seen, f"{field.name} does not count in the digest"
+        seen.add(changed.digest)
+
+
+def test_a_module_changes_the_digest():
+    fact = make(AdapterSpec)
+    for change in ({"name": "k"}, {"out_features": 1}, {"in_features": 1}):
+        module = dataclasses.replace(fact.modules[0], **change)
+        assert dataclasses.replace(fact, modules=(module,)).digest != fact.digest
+
+
+@by_name
+def test_a_missing_field_is_named(kind):
+    for field in dataclasses.fields(kind):
+        has_default = field.default is not dataclasses.MISSING
+        if has_default or field.default_factory is not dataclasses.MISSING:
+            continue
+        plain = to_plain(make(kind))
+        del plain[field.name]
+        with pytest.raises(ContractError, match=rf"^{kind.__name__}: {field.name}: field required"):
+            from_plain(kind, plain)
+
+
+@by_name
+def test_an_ill_typed_field_is_named_in_one_line(kind):
+    for field in dataclasses.fields(kind):
+        plain = to_plain(make(kind)) | {field.name: {"no": "such thing"}}
+        with pytest.raises(ContractError, match=rf"^{kind.__name__}: {field.name}.*\w") as told:
+            from_plain(kind, plain)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "where"),
+    [
+        (LocalReport, {"train_loss": math.nan}, "train_loss"),
+        (LocalReport, {"evaluations": (make(Evaluation, loss=math.inf),)}, "evaluations.0.loss"),
+        (DeviceProfile, {"link": make(LinkProfile, up_bps=-math.inf)}, "link.up_bps"),
+    ],
+)
+def test_a_number_that_is_none_neither_leaves_nor_enters(kind, change, where):
+    fact = make(kind, **change)
+    with pytest.raises(ContractError, match=f"{kind.__name__} cannot be sent"):
+        to_message(fact, TRAVELLERS[kind])
+    with pytest.raises(ContractError, match=f"{kind.__name__}: {where}: must be a finite number"):
+        from_json(kind, canonical_json(fact))
+
+
+def test_a_nan_that_a_message_smuggles_in_is_refused():
+    message = to_message(make(LocalReport), pb.LocalReport)
+    message.train_loss = math.nan
+    with pytest.raises(ContractError, match="train_loss: must be a finite number"):
+        from_message(message, LocalReport)
+
+
+def test_a_number_beyond_its_wire_type_is_not_sent():
+    with pytest.raises(ContractError, match=r"LocalReport cannot be sent: .*peak_bytes"):
+        to_message(make(LocalReport, peak_bytes=2**70), pb.LocalReport)
+
+
+def test_an_empty_message_is_no_assignment():
+    with pytest.raises(ContractError, match=r"^Assignment: precision: input should be 'nf4'"):
+        from_message(pb.Assignment(), Assignment)
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense", b"\xff\xfe", "[1, 2]", "null", '"text"'])
+def test_text_that_is_no_fact_is_refused(text):
+    with pytest.raises(ContractError):
+        from_json(BlobRef, text)
+
+
+def test_fields_of_a_later_version_are_passed_over():
+    plain = to_plain(make(BlobRef)) | {"compression": "zstd"}
+    assert from_json(BlobRef, json.dumps(plain)) == make(BlobRef)

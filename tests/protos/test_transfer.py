@@ -1,0 +1,294 @@
+"""Bytes that arrive in any order, twice, late or damaged make the file that was promised, or none.
+
+Chunks and windows are made small here, so that every case fits a few dozen bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protos import transfer
+from protos.sketchfleet.v1 import fleet_pb2 as pb
+from protos.transfer import (
+    CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    CorruptChunkError,
+    OffsetError,
+    PartFile,
+    TransferError,
+    chunks,
+    crc32,
+    sha256_of,
+    write_durably,
+)
+
+CHUNK = 8
+WINDOW = transfer.WINDOW_CHUNKS
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+
+
+def make_data(size, seed=0):
+    return random.Random(seed).randbytes(size)
+
+
+def digest_of(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def put(part, data, start, end):
+    piece = data[start:end]
+    return part.write(start, piece, crc32(piece))
+
+
+def held_ahead(part):
+    return sum(map(len, part._ahead.values()))
+
+
+def cut(size, step=CHUNK):
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.integers(1, 100), sizes=st.lists(st.integers(1, CHUNK), min_size=1), data=st.data())
+def test_any_arrival_order_within_the_window_makes_the_file(size, sizes, data):
+    content = make_data(size)
+    pieces, start = [], 0
+    while start < size:
+        end = min(size, start + sizes[len(pieces) % len(sizes)])
+        pieces.append((start, end))
+        start = end
+    with tempfile.TemporaryDirectory() as folder, small():
+        part = PartFile(Path(folder) / "x.part", size)
+        waiting = list(pieces)
+        while waiting:
+            first = pieces.index(waiting[0])
+            sent = [piece for piece in waiting if piece in pieces[first : first + WINDOW]]
+            piece = data.draw(st.sampled_from(sent))
+            length = put(part, content, *piece)
+            if data.draw(st.booleans()):
+                length = put(part, content, *piece)  # the answer was lost, so it comes again
+            waiting.remove(piece)
+            assert part.path.read_bytes() == content[:length], "the length is not a whole prefix"
+        part.finish(digest_of(content), Path(folder) / "x")
+        assert (Path(folder) / "x").read_bytes() == content
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.integers(1, 120),
+    noise=st.lists(st.tuples(st.integers(-2, 130), st.integers(0, CHUNK + 1)), max_size=40),
+    reopen_at=st.integers(0, 40),
+)
+def test_overlapping_pieces_never_break_the_prefix_nor_fill_memory(size, noise, reopen_at):
+    content = make_data(size)
+    with tempfile.TemporaryDirectory() as folder, small():
+        path = Path(folder) / "x.part"
+        part = PartFile(path, size)
+        for turn, (start, count) in enumerate(noise):
+            if turn == reopen_at:
+                part.close()
+                part = PartFile(path, size)
+            piece = content[max(0, start) : max(0, start) + count].ljust(count, b"?")
+            try:
+                length = part.write(start, piece, crc32(piece))
+            except OffsetError:
+                length = part.length
+            assert path.read_bytes() == content[:length]
+            assert held_ahead(part) <= 2 * WINDOW * CHUNK
+        for start, end in cut(size):
+            put(part, content, start, end)
+        assert part.length == size and not part._ahead, "what was overtaken is still in memory"
+        part.finish(digest_of(content), Path(folder) / "x")
+
+
+def small():
+    """For hypothesis, which runs many examples in one fixture."""
+    return mock.patch.object(transfer, "CHUNK_BYTES", CHUNK)
+
+
+def test_a_chunk_again_changes_nothing(tmp_path):
+    data = make_data(3 * CHUNK)
+    part = PartFile(tmp_path / "x", len(data))
+    assert put(part, data, 0, CHUNK) == CHUNK
+    assert put(part, data, 0, CHUNK) == CHUNK
+    assert put(part, data, 3, CHUNK + 3) == CHUNK + 3, "an overlap brings what is new in it"
+    assert part.path.read_bytes() == data[: CHUNK + 3]
+
+
+@pytest.mark.parametrize("held", [0, 1, CHUNK - 1, CHUNK, CHUNK + 5])
+def test_a_part_file_resumes_at_any_byte_after_a_restart(tmp_path, held):
+    data = make_data(5 * CHUNK + 3)
+    (tmp_path / "x.part").write_bytes(data[:held])  # what a kill left, mid-chunk or not
+    source = tmp_path / "source"
+    source.write_bytes(data)
+    part = PartFile(tmp_path / "x.part", len(data))
+    assert part.length == held
+    for offset, piece in chunks(source, part.length):
+        part.write(offset, piece, crc32(piece))
+    part.finish(digest_of(data), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == data
+    assert not (tmp_path / "x.part").exists()
+
+
+def test_chunks_ahead_are_not_counted_as_held_after_a_restart(tmp_path):
+    data = make_data(4 * CHUNK)
+    part = PartFile(tmp_path / "x", len(data))
+    assert put(part, data, CHUNK, 2 * CHUNK) == 0
+    part.close()
+    assert PartFile(tmp_path / "x", len(data)).length == 0
+
+
+def test_a_part_longer_than_the_file_starts_over(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(50))
+    assert PartFile(tmp_path / "x", 10).length == 0
+
+
+def test_a_corrupt_chunk_is_refused_and_leaves_no_trace(tmp_path):
+    data = make_data(2 * CHUNK)
+    part = PartFile(tmp_path / "x", len(data))
+    with pytest.raises(CorruptChunkError, match="chunk at byte 0 is corrupt; send it again"):
+        part.write(0, data[:CHUNK], crc32(data[:CHUNK]) ^ 1)
+    assert part.length == 0 and part.path.read_bytes() == b""
+    assert put(part, data, 0, CHUNK) == CHUNK
+
+
+@pytest.mark.parametrize(
+    ("offset", "count"), [(-1, 4), (20, 1), (16, 5), (2**62, 1), (0, CHUNK + 1)]
+)
+def test_a_chunk_outside_the_file_or_too_large_is_refused(tmp_path, offset, count):
+    part = PartFile(tmp_path / "x", 20)
+    with pytest.raises(OffsetError, match="lies outside the 20 bytes declared"):
+        part.write(offset, bytes(count), crc32(bytes(count)))
+
+
+def test_a_chunk_beyond_the_window_is_refused(tmp_path):
+    data = make_data(20 * CHUNK)
+    part = PartFile(tmp_path / "x", len(data))
+    put(part, data, WINDOW * CHUNK, (WINDOW + 1) * CHUNK)
+    with pytest.raises(OffsetError, match="too far ahead of the 0 bytes held; resume there"):
+        put(part, data, WINDOW * CHUNK + 1, WINDOW * CHUNK + 2)
+
+
+def test_what_waits_ahead_is_bounded_in_number_and_bytes(tmp_path):
+    data = make_data(20 * CHUNK)
+    part = PartFile(tmp_path / "x", len(data))
+    refused = 0
+    for start in range(1, WINDOW * CHUNK + 1):
+        try:
+            put(part, data, start, start + CHUNK)
+        except OffsetError:
+            refused += 1
+    assert refused and len(part._ahead) <= 2 * WINDOW and held_ahead(part) <= 2 * WINDOW * CHUNK
+
+
+def test_chunks_that_were_overtaken_make_room_again(tmp_path):
+    """After a resume at another boundary the old chunks must not block the new ones."""
+    data = make_data(20 * CHUNK)
+    part = PartFile(tmp_path / "x", len(data))
+    for start in range(1, 2 * WINDOW + 1):
+        put(part, data, start, start + 1)
+    for start, end in cut(3 * CHUNK):
+        put(part, data, start, end)
+    assert put(part, data, 4 * CHUNK, 5 * CHUNK) == 3 * CHUNK
+    assert put(part, data, 3 * CHUNK, 4 * CHUNK) == 5 * CHUNK
+
+
+def test_an_incomplete_file_is_not_finished_and_says_where_to_resume(tmp_path):
+    part = PartFile(tmp_path / "x.part", 20)
+    put(part, bytes(20), 0, CHUNK)
+    with pytest.raises(TransferError, match="only 8 of 20 bytes arrived; resume at 8"):
+        part.finish(digest_of(bytes(20)), tmp_path / "x")
+    assert part.length == CHUNK, "what was held is still held"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_wrong_digest_starts_over_and_the_right_bytes_then_pass(tmp_path):
+    data = make_data(CHUNK)
+    part = PartFile(tmp_path / "x.part", CHUNK)
+    put(part, bytes(CHUNK), 0, CHUNK)
+    with pytest.raises(TransferError, match=r"not the promised .*; send them again"):
+        part.finish(digest_of(data), tmp_path / "x")
+    assert part.length == 0 and not (tmp_path / "x").exists()
+    put(part, data, 0, CHUNK)
+    part.finish(digest_of(data), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == data
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What was synced and renamed, in order."""
+    done = []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(handle):
+        done.append(("sync", Path(f"/proc/self/fd/{handle}").resolve()))
+        sync(handle)
+
+    def note_replace(self, target):
+        done.append(("rename", self, Path(target)))
+        return replace(self, target)
+
+    monkeypatch.setattr(transfer.os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    return done
+
+
+def test_finishing_syncs_the_bytes_then_renames_then_syncs_the_folder(tmp_path, disk):
+    part = PartFile(tmp_path / "x.part", 3)
+    put(part, b"abc", 0, 3)
+    target = tmp_path / "done" / "x"
+    part.finish(digest_of(b"abc"), target)
+    assert disk == [("sync", part.path), ("rename", part.path, target), ("sync", target.parent)]
+
+
+def test_a_durable_write_syncs_renames_and_syncs_the_folder(tmp_path, disk):
+    write_durably(tmp_path / "x", b"new")
+    assert [what for what, *_ in disk] == ["sync", "rename", "sync"]
+    assert disk[1][2] == tmp_path / "x" and disk[2][1] == tmp_path
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_durable_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_durably(tmp_path / "x", b"old")
+
+    def fail(handle):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(transfer.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_durably(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_chunks_cover_the_file_from_any_offset(tmp_path):
+    data = make_data(3 * CHUNK + 1)
+    (tmp_path / "x").write_bytes(data)
+    for offset in range(len(data) + 2):
+        pieces = list(chunks(tmp_path / "x", offset))
+        assert b"".join(piece for _, piece in pieces) == data[offset:]
+        assert all(piece == data[at : at + len(piece)] for at, piece in pieces)
+    assert sha256_of(tmp_path / "x") == digest_of(data)
+
+
+def test_messages_with_a_whole_chunk_stay_far_below_the_limit():
+    chunk = bytes(CHUNK_BYTES)
+    large = 2**63 - 1
+    messages = [
+        pb.PutChunkRequest(upload_id="f" * 64, offset=large, data=chunk, crc32=2**32 - 1),
+        pb.FetchResponse(offset=large, data=chunk, crc32=2**32 - 1),
+    ]
+    for message in messages:
+        assert message.ByteSize() < MAX_MESSAGE_BYTES / 4
