@@ -127,7 +127,7 @@ def _devices(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace) -> int:
-    from coordinator.engine import recorded_plans
+    from coordinator.issuing import recorded_plans
     from coordinator.report import build_report
 
     records, _ = _open(args.state)
@@ -186,9 +186,10 @@ def _export(args: argparse.Namespace) -> int:
     run = records.run(args.run)
     digest = None if run is None else records.adapter_digest(args.run, args.round)
     if run is None or digest is None:
+        wanted = args.run if args.round is None else f"{args.run} after {args.round} rounds"
         raise ExportError(
-            f"run {args.run!r} has no adapter after {args.round} rounds; "
-            "`sketchfleet-coordinator runs` lists what there is"
+            f"there is no adapter of run {wanted}; `sketchfleet-coordinator runs` lists what "
+            "there is"
         )
     packed = blobs.path(digest).read_bytes()
     adapter = adapter_from_factors(run.spec, unpack(packed, run.spec, run.spec.rank))

@@ -1,19 +1,18 @@
 """run.toml -> RunConfig: one validated, frozen object. Every knob has a unit or a docstring.
 
-Unknown keys are errors that name the nearest known one; nothing is read from the environment.
+How the file is read and its mistakes are told: `profiles.settings`.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from profiles.errors import SketchfleetError
+from profiles.settings import Section, host_of, load_settings
 from protos.contract import Encoding, Precision
 
 Positive = Annotated[int, Field(ge=1)]
@@ -25,11 +24,7 @@ class ConfigError(SketchfleetError):
     """run.toml cannot be read or holds something that cannot be run."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """What the run is."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -38,7 +33,7 @@ class RunSection(_Section):
     rounds: Positive = 10
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The frozen base."""
 
     base: str
@@ -49,7 +44,7 @@ class ModelSection(_Section):
     """Projections to adapt; empty adapts all of them."""
 
 
-class AdapterSection(_Section):
+class AdapterSection(Section):
     """The global adapter."""
 
     rank: Positive = 32
@@ -57,7 +52,7 @@ class AdapterSection(_Section):
     rslora: bool = False
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """How updates merge."""
 
     name: str = "fslora"
@@ -65,7 +60,7 @@ class MethodSection(_Section):
     """FSLoRA only: what a row is divided by. "auto" is "coverage" under AdamW, else "none"."""
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """One local round."""
 
     precision: Precision | Literal["auto"] = "nf4"
@@ -80,7 +75,7 @@ class TrainingSection(_Section):
     checkpointing: bool | Literal["auto"] = "auto"
 
 
-class RoundSection(_Section):
+class RoundSection(Section):
     """When a round opens and closes."""
 
     min_devices: Positive = 2
@@ -100,7 +95,7 @@ class RoundSection(_Section):
     """How many devices should train each rank row per round, at least, on average."""
 
 
-class WireSection(_Section):
+class WireSection(Section):
     """Encodings of what travels."""
 
     update: Encoding = "int8"
@@ -108,7 +103,7 @@ class WireSection(_Section):
     global_adapter: Encoding = "bfloat16"
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What devices measure on their own held-out code."""
 
     every_rounds: Positive = 5
@@ -117,7 +112,7 @@ class EvaluationSection(_Section):
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
-class ServerSection(_Section):
+class ServerSection(Section):
     """Where the coordinator listens and what it keeps."""
 
     listen: str = "127.0.0.1:8470"
@@ -128,10 +123,7 @@ class ServerSection(_Section):
     @field_validator("listen")
     @classmethod
     def _loopback(cls, listen: str) -> str:
-        host, _, port = listen.rpartition(":")
-        host = host.strip("[]")
-        if not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError('must be "address:port", for example "127.0.0.1:8470"')
+        host = host_of(listen)
         try:
             local = host == "localhost" or ipaddress.ip_address(host).is_loopback
         except ValueError:
@@ -144,7 +136,7 @@ class ServerSection(_Section):
         return listen
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything `serve` needs, checked."""
 
     run: RunSection
@@ -175,16 +167,7 @@ def load_config(path: Path) -> RunConfig:
 
     Raises `ConfigError` with the file, the key and what is allowed there.
     """
-    try:
-        plain = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    try:
-        config = RunConfig.model_validate(plain)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from error
+    config = load_settings(path, RunConfig, ConfigError)
     here = path.resolve().parent
     server = config.server.model_copy(update={"state": here / config.server.state.expanduser()})
     base = config.model.base
@@ -192,29 +175,3 @@ def load_config(path: Path) -> RunConfig:
         base = str((here / base).resolve())
     model = config.model.model_copy(update={"base": base})
     return config.model_copy(update={"server": server, "model": model})
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem as one sentence, with a suggestion for a misspelt key."""
-    found = error.errors()
-    # A misspelt section is also a missing one; the misspelling is what helps.
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    where = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        known = _keys(where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-        place = f"[{where[0]}]" if len(where) > 1 else "the top level"
-        return f"unknown key {where[-1]!r} in {place}{hint}"
-    if first["type"] == "missing":
-        return f"[{where[0]}] " + (f"lacks {where[1]!r}" if len(where) > 1 else "is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    return f"[{where[0]}] {' '.join(where[1:2])}: {message}" if where else message
-
-
-def _keys(section: list[str]) -> list[str]:
-    fields: dict[str, Any] = dict(RunConfig.model_fields)
-    if section:
-        kind = fields[section[0]].annotation
-        fields = dict(kind.model_fields) if kind is not None else {}
-    return sorted(fields)

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.lowrank import Bundle, inner, norm, stack
-from coordinator.methods import Method, ModuleUpdate
+from coordinator.methods import Method, MethodError, ModuleUpdate
 from coordinator.methods.base import normalised
 from protos.contract import AdapterSpec, Assignment
-from protos.packing import Factors, open_packed
+from protos.packing import Factors, PackingError, open_packed
 from protos.sketch import sketch_rows
 
 EPSILON = 1e-12  # keeps the relative error finite while the ideal update is still zero
@@ -97,6 +97,32 @@ def merge_round(
         coverage=coverage,
         aggregation_error=math.sqrt(max(off_target, 0.0)) / (math.sqrt(target) + EPSILON),
     )
+
+
+def merge_sound(
+    spec: AdapterSpec,
+    method: Method,
+    current: Mapping[str, Bundle],
+    updates: Sequence[StoredUpdate],
+) -> tuple[MergeResult | None, dict[str, str]]:
+    """`merge_round` of what can be merged, and why the rest was left out, by assignment id.
+
+    One update that no merge survives must not stop the run; the result is None if none is sound.
+    """
+    try:
+        return merge_round(spec, method, current, updates), {}
+    except (PackingError, MethodError) as error:
+        whole = error
+    dropped: dict[str, str] = {}
+    for update in updates:
+        try:
+            merge_round(spec, method, current, [update])
+        except (PackingError, MethodError) as error:
+            dropped[update.assignment.assignment_id] = str(error)
+    if not dropped:  # each alone is sound, together they are not
+        raise whole
+    sound = [u for u in updates if u.assignment.assignment_id not in dropped]
+    return (merge_round(spec, method, current, sound) if sound else None), dropped
 
 
 def cut_slice(

@@ -146,6 +146,7 @@ class RunState:
     asked_at_s: float | None = None  # when the effect this phase waits on was issued
     quiet_since_s: float | None = None  # since when no device that still owes is connected
     closing: CloseRound | None = None  # what is being merged, frozen at the close
+    attempts: int = 0  # how often this round was gathered again because nobody delivered
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -330,19 +331,22 @@ def _settle_open(
     needed = max(1, math.ceil(policy.quorum * len(state.assigned) - 1e-9))
     if overdue and len(state.arrived) >= needed:
         return _closed(state, at_s)
-    if state.waiting & state.ready:
-        return replace(state, quiet_since_s=None), ()
-    if state.quiet_since_s is None:
-        state = replace(state, quiet_since_s=at_s)
-    quiet_s = at_s - (at_s if state.quiet_since_s is None else state.quiet_since_s)
-    if state.waiting and not (overdue and quiet_s >= policy.retry_s):
-        return state, ()  # they may come back: after a restart nobody is connected at first
+    # A device may stay connected and never deliver: what it had is given once more, no longer.
+    spare_s = max(policy.retry_s, state.deadline_at_s - state.opened_at_s)
+    if state.waiting and at_s < state.deadline_at_s + spare_s:
+        if state.waiting & state.ready:
+            return replace(state, quiet_since_s=None), ()
+        since_s = at_s if state.quiet_since_s is None else state.quiet_since_s
+        if not (overdue and at_s - since_s >= policy.retry_s):
+            # They may come back: after a restart nobody is connected at first.
+            return replace(state, quiet_since_s=since_s), ()
     if state.arrived:
         return _closed(state, at_s)
     # Nobody delivered: the same round again, but not in a tight loop.
     again = replace(
         _gathering(state, state.round, at_s, policy),
         not_before_s=state.opened_at_s + policy.retry_s,
+        attempts=state.attempts + 1,
     )
     return _settle_gathering(again, at_s, policy)
 
@@ -364,5 +368,6 @@ def _closed(state: RunState, at_s: float) -> tuple[RunState, tuple[Effect, ...]]
         deadline_at_s=math.inf,
         closing=close,
         asked_at_s=at_s,
+        attempts=0,
     )
     return state, (close,)

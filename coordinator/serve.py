@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator.config import RunConfig
-from coordinator.engine import Engine, Recorded, build_spec
+from coordinator.engine import Engine, build_spec
 from coordinator.enrolment import Enrolment, join_token
+from coordinator.issuing import Recorded
 from coordinator.planner import DevicePlan
 from coordinator.service import add_services, make_server
 from coordinator.store.blobs import BlobStore
@@ -90,8 +91,8 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
             port = 0
         if port == 0:
             raise ServeError(
-                f"{config.server.listen} is already in use; stop what listens there or change "
-                "[server] listen"
+                f"{config.server.listen} cannot be listened on: the port is in use or the address "
+                "is not this machine's; stop what listens there or change [server] listen"
             )
         await server.start()
         log.warning("plain text on loopback: for one machine only")

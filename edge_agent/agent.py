@@ -14,18 +14,22 @@ import json
 import logging
 import math
 import os
+import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_agent.config import AgentConfig
 from edge_agent.journal import Entry, Journal
 from edge_agent.link import Link, LinkError, RefusedError
+from edge_agent.membership import Membership
 from edge_agent.probe import probe
 from edge_agent.trainer_process import TrainerError, TrainerProcess
-from edge_agent.training.corpus import scan
+from edge_agent.training.corpus import first_source
 from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
 from profiles.errors import SketchfleetError
+from profiles.link import LinkProfile
 from profiles.model import ModelError, base_digest, resolve_base
 from protos.contract import (
     AdapterSpec,
@@ -38,18 +42,18 @@ from protos.contract import (
     to_plain,
 )
 from protos.sketchfleet.v1 import fleet_pb2 as pb
-from protos.transfer import write_durably
 
 log = logging.getLogger("sketchfleet.agent")
 
-FIRST_CONTACT_S = 30.0
 POLL_S = 45.0
 HEARTBEAT_S = 20.0
-RENEW_AT = 2 / 3  # of a credential's life
+RETRY_S = 5.0
 NEVER_WANTED = (Reason.TOO_LATE, Reason.UNKNOWN_ASSIGNMENT, Reason.EQUIVOCATION, Reason.WRONG_SIZE,
                 Reason.BAD_UPDATE)  # fmt: skip
 
 
+FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,190}")  # ids and digests become file names here
+DIGEST = re.compile(r"[0-9a-f]{64}")
 OWNER_MUST_ACT = ("no_data", "base_mismatch")  # trying again next round would fail alike
 
 
@@ -88,12 +92,13 @@ class Agent:
         self.folder = config.state.folder
         self.journal = Journal(self.folder)
         self.link = Link(config.coordinator.address)
+        self.fleet = Membership(config, self.link, version())
         self.trainer = TrainerProcess(
             config.trainer.python, config.limits.threads, self.folder / "trainer.log"
         )
         self._profile: DeviceProfile | None = None
         self._profile_sent = False
-        self._renew_at = math.inf
+        self._over = False
         self._checked: dict[str, Path] = {}
         for name in ("blobs", "work"):
             (self.folder / name).mkdir(exist_ok=True)
@@ -102,18 +107,17 @@ class Agent:
         """Works until the run is finished. Raises `SketchfleetError` when it cannot."""
         self.status("starting")
         data = self.config.data
-        corpus = await asyncio.to_thread(
-            scan, data.include, exclude=data.exclude, languages=data.languages,
-            max_files=data.max_files,
-        )  # fmt: skip
-        log.info("corpus", extra=dataclasses.asdict(corpus.summary))
-        del corpus
-        await self._sign_on()
+        await asyncio.to_thread(
+            first_source, data.include, exclude=data.exclude, languages=data.languages
+        )
+        self.status("enrolling")
+        await self.fleet.sign_on()
         idle_since = time.monotonic()
         try:
             await self._send_pending()
             while True:
-                answer = await self._poll("", POLL_S)
+                answer = await self._poll()
+                self.link.patience_s = math.inf  # it was there: from now on only a break
                 if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
                     self.status("finished")
                     log.info("run finished")
@@ -135,58 +139,12 @@ class Agent:
             await self.link.close()
             self.journal.close()
 
-    # --- identity -------------------------------------------------------------------------------
-
-    async def _sign_on(self) -> None:
-        """Uses the kept credential, or enrols with the join token."""
-        kept = self.folder / "credential.json"
-        if kept.is_file():
-            try:
-                plain = json.loads(kept.read_text())
-                self.link.credential = str(plain["credential"])
-                self._renew_at = float(plain["renew_at"])
-            except (ValueError, KeyError, TypeError):
-                log.warning("credential file unreadable; enrolling again")
-            else:
-                return
-        path = self.config.coordinator.token_file
-        try:
-            token = path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not text"
-            raise AgentError(
-                f"join token {path} cannot be read ({why}); copy it from the "
-                "coordinator's state folder and set [coordinator] token_file"
-            ) from error
-        self.status("enrolling")
-        valid_s = await self.link.enroll(token, self.config.device.name, version(), FIRST_CONTACT_S)
-        self._keep_credential(valid_s)
-
-    def _keep_credential(self, valid_s: float) -> None:
-        self._renew_at = time.time() + RENEW_AT * valid_s
-        path = self.folder / "credential.json"
-        path.touch(mode=0o600)
-        plain = {"credential": self.link.credential, "renew_at": self._renew_at}
-        write_durably(path, json.dumps(plain).encode())
-        path.chmod(0o600)
-
-    async def _poll(self, working_on: str, wait_s: float) -> Any:
-        """One long poll; enrols again when the credential is no longer known."""
+    async def _poll(self) -> Any:
+        """One long poll; carries the profile when the coordinator has not seen it yet."""
         if self._profile is None:
             self._profile = self._known_profile()
         profile = None if self._profile_sent else self._profile
-        try:
-            if time.time() > self._renew_at:
-                with contextlib.suppress(LinkError):  # the poll below waits for the coordinator
-                    self._keep_credential(await self.link.renew())
-            answer = await self.link.next_task(profile, working_on, wait_s, math.inf)
-        except RefusedError as error:
-            if error.reason is not Reason.BAD_CREDENTIAL:
-                raise
-            (self.folder / "credential.json").unlink(missing_ok=True)
-            await self._sign_on()
-            self._profile_sent = False
-            return await self.link.next_task(self._profile, working_on, wait_s, math.inf)
+        answer = await self.fleet.call(lambda: self.link.next_task(profile, "", POLL_S, math.inf))
         self._profile_sent = True
         return answer
 
@@ -206,11 +164,12 @@ class Agent:
     async def _measure(self, spec: AdapterSpec, request: ProfileRequest) -> None:
         """Measures link and compute for this base; the next poll carries the profile."""
         self.status("measuring link")
-        link = await self.link.probe(metered=False)
+        link = await self._measured_link()
         self.status("measuring compute")
         folder = await self._base(spec)
         job = {"job": "profile", "base_folder": str(folder), "spec": to_plain(spec),
-               "request": to_plain(request)}  # fmt: skip
+               "request": to_plain(request),
+               "memory_cap_bytes": self._memory_cap_bytes}  # fmt: skip
         try:
             result = await self.trainer.run(job)
         except TrainerError as error:
@@ -227,6 +186,14 @@ class Agent:
         log.info("profile", extra={"tokens_per_s": round(self._profile.compute.tokens_per_s)
                                    if self._profile.compute else None,
                                    "up_bps": round(link.up_bps)})  # fmt: skip
+
+    async def _measured_link(self) -> LinkProfile:
+        while True:
+            try:
+                return await self.fleet.call(lambda: self.link.probe(metered=False))
+            except LinkError as error:
+                log.warning("link not measured, trying again: %s", error)
+                await asyncio.sleep(RETRY_S)
 
     async def _base(self, spec: AdapterSpec) -> Path:
         """The folder of the run's base, its digest checked. Raises `ModelError`."""
@@ -246,37 +213,53 @@ class Agent:
 
     async def _work(self, spec: AdapterSpec, assignment: Assignment) -> None:
         """Fetches, trains, journals, pushes, reports."""
-        beat = asyncio.create_task(self._heartbeat(assignment.assignment_id))
+        blobs = [b.digest for b in (assignment.slice, assignment.global_adapter) if b is not None]
+        if not FILE_NAME.fullmatch(assignment.assignment_id) or not all(
+            map(DIGEST.fullmatch, blobs)
+        ):
+            raise AgentError("the coordinator gave names that are no file names; do not trust it")
+        training = asyncio.ensure_future(self._train(spec, assignment))
+        beat = asyncio.create_task(self._heartbeat(assignment.assignment_id, training))
         cause: AgentError | None = None
         try:
-            try:
-                report, update = await self._train(spec, assignment)
-            except (TrainerError, ModelError) as error:
-                outcome = error.outcome if isinstance(error, TrainerError) else "base_mismatch"
-                log.error("assignment failed: %s", error, extra={"round": assignment.round})
-                report = from_plain(LocalReport, {
-                    "assignment_id": assignment.assignment_id, "outcome": outcome,
-                    "message": _told(outcome, assignment),
-                })  # fmt: skip
-                update = None
-                if outcome in OWNER_MUST_ACT:
-                    cause = AgentError(str(error))
-            await self._send(self.journal.add(report, update))
+            report, update = await training
+        except (TrainerError, ModelError) as error:
+            outcome = error.outcome if isinstance(error, TrainerError) else "base_mismatch"
+            log.error("assignment failed: %s", error, extra={"round": assignment.round})
+            report = from_plain(LocalReport, {
+                "assignment_id": assignment.assignment_id, "outcome": outcome,
+                "message": _told(outcome, assignment),
+            })  # fmt: skip
+            update = None
+            if outcome in OWNER_MUST_ACT:
+                cause = AgentError(str(error))
+        except asyncio.CancelledError:
+            if not self._over:
+                training.cancel()
+                raise
+            log.info("the run ended while training; the rest is dropped")
+            return
         finally:
             beat.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await beat
+        await self._send(self.journal.add(report, update))
         for name in ("blobs", "work"):
             for path in (self.folder / name).iterdir():
                 path.unlink()
         if cause is not None:
             raise cause
 
-    async def _heartbeat(self, assignment_id: str) -> None:
+    async def _heartbeat(self, assignment_id: str, training: asyncio.Future[Any]) -> None:
+        """Polls while the trainer works, so that the coordinator knows this device lives."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             with contextlib.suppress(LinkError, RefusedError):
-                await self.link.next_task(None, assignment_id, 0.0, 0.0)
+                answer = await self.link.next_task(None, assignment_id, 0.0, 0.0)
+                if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
+                    self._over = True
+                    training.cancel()
+                    return
 
     async def _train(
         self, spec: AdapterSpec, assignment: Assignment
@@ -288,7 +271,9 @@ class Agent:
         places: dict[str, Path] = {}
         for name in ("slice", "global_adapter"):
             if (blob := getattr(assignment, name)) is not None:
-                places[name] = await self.link.fetch(blob, self.folder / "blobs")
+                places[name] = await self.fleet.call(
+                    partial(self.link.fetch, blob, self.folder / "blobs")
+                )
                 fetched += blob.size_bytes
         fetch_s = time.monotonic() - begun
         update = self.folder / "work" / f"{assignment.assignment_id}.update"
@@ -316,9 +301,9 @@ class Agent:
         try:
             result = await self.trainer.run(job, progress)
         except TrainerError as error:
-            if error.outcome != "crashed":
+            if not error.died:
                 raise
-            log.warning("trainer crashed, trying once more: %s", error)
+            log.warning("the trainer died, trying once more: %s", error)
             result = await self.trainer.run(job, progress)
         report = from_plain(LocalReport, result["report"])
         report = dataclasses.replace(report, fetch_s=fetch_s, fetched_bytes=fetched)
@@ -333,14 +318,16 @@ class Agent:
                 before, begun = self.link.resumes, time.monotonic()
                 path = self.journal.update_path(entry.digest)
                 size = path.stat().st_size
-                receipt, outcome = await self.link.push(entry.assignment_id, entry.digest, path)
+                receipt, outcome = await self.fleet.call(
+                    partial(self.link.push, entry.assignment_id, entry.digest, path)
+                )
                 report = dataclasses.replace(
                     report, push_s=time.monotonic() - begun, pushed_bytes=size,
                     resumes=report.resumes + self.link.resumes - before,
                 )  # fmt: skip
                 self.journal.committed(entry.assignment_id, report)
                 log.info("update accepted", extra={"receipt": receipt, "outcome": outcome})
-            await self.link.report(report, math.inf)
+            await self.fleet.call(partial(self.link.report, report, math.inf))
         except RefusedError as error:
             if error.reason not in NEVER_WANTED:
                 raise

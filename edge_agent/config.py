@@ -1,32 +1,30 @@
-"""agent.toml -> AgentConfig: what the owner of a device decides about it."""
+"""agent.toml -> AgentConfig: what the owner of a device decides about it.
+
+How the file is read and its mistakes are told: `profiles.settings`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import re
 import socket
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, field_validator
 
 from profiles.errors import SketchfleetError
+from profiles.settings import Section, host_of, load_settings
 
 
 class AgentConfigError(SketchfleetError):
     """agent.toml cannot be read or holds something that cannot be used."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 def _host_name() -> str:
     return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip("-._")[:63] or "device"
 
 
-class DeviceSection(_Section):
+class DeviceSection(Section):
     """Who this device is."""
 
     name: str = Field(default_factory=_host_name, pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
@@ -35,14 +33,20 @@ class DeviceSection(_Section):
     """What to call it in reports; recognised when empty."""
 
 
-class CoordinatorSection(_Section):
+class CoordinatorSection(Section):
     """Where the coordinator is."""
 
     address: str = "127.0.0.1:8470"
     token_file: Path = Path("join-token")
 
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        host_of(address)
+        return address
 
-class DataSection(_Section):
+
+class DataSection(Section):
     """Which code may be trained on. It never leaves this machine."""
 
     include: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -53,13 +57,13 @@ class DataSection(_Section):
     max_files: Annotated[int, Field(ge=1)] | None = None
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Where the base model lies, when not where the run says."""
 
     base: str = ""
 
 
-class LimitsSection(_Section):
+class LimitsSection(Section):
     """What training may use."""
 
     memory_mb: Annotated[int, Field(ge=64)] | None = None
@@ -68,13 +72,13 @@ class LimitsSection(_Section):
     """Of the trainer on CPU; the same number gives the same bits."""
 
 
-class StateSection(_Section):
+class StateSection(Section):
     """Where the agent keeps its credential, journal and updates."""
 
     folder: Path = Path("agent-state")
 
 
-class TrainerSection(_Section):
+class TrainerSection(Section):
     """The process that trains."""
 
     python: str = ""
@@ -83,7 +87,7 @@ class TrainerSection(_Section):
     """How long an idle trainer keeps its memory."""
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section):
     """Everything the agent needs, checked."""
 
     data: DataSection
@@ -97,16 +101,7 @@ class AgentConfig(_Section):
 
 def load_agent_config(path: Path) -> AgentConfig:
     """Reads agent.toml; relative folders in it are relative to it. Raises `AgentConfigError`."""
-    try:
-        plain = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise AgentConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise AgentConfigError(f"{path} is not valid TOML: {error}") from error
-    try:
-        config = AgentConfig.model_validate(plain)
-    except ValidationError as error:
-        raise AgentConfigError(f"{path}: {_explain(error)}") from error
+    config = load_settings(path, AgentConfig, AgentConfigError)
     here = path.resolve().parent
     base = config.model.base
     if base and (here / base).is_dir():
@@ -129,25 +124,3 @@ def load_agent_config(path: Path) -> AgentConfig:
 
 def _absolute(here: Path, pattern: str) -> str:
     return str(here / Path(pattern).expanduser())
-
-
-def _explain(error: ValidationError) -> str:
-    found: Any = error.errors()
-    # A misspelt section is also a missing one; the misspelling is what helps.
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    where = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where[-1], _keys(where[:-1]), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {'.'.join(where)!r}{hint}"
-    if first["type"] == "missing":
-        return f"{'.'.join(where)} is missing"
-    return f"{'.'.join(where)}: {first['msg'].lower()}"
-
-
-def _keys(section: list[str]) -> list[str]:
-    fields: dict[str, Any] = dict(AgentConfig.model_fields)
-    if section and section[0] in fields:
-        kind = fields[section[0]].annotation
-        fields = dict(kind.model_fields) if kind is not None else {}
-    return sorted(fields)

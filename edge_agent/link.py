@@ -2,7 +2,7 @@
 
 Two channels, so that bulk bytes never delay a poll. gRPC's own retries are off on the transfer
 channel: on client streams they lose messages (grpc/grpc#40283), so resuming is done here, by
-offset. A transfer fails only after `STALL_S` without a single new byte.
+offset. A transfer fails only after `patience_s` without a single new byte.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ from protos.transfer import (
 log = logging.getLogger("sketchfleet.agent")
 
 CONTROL_S = 15.0
-STALL_S = 60.0
+STALL_S = 60.0  # without a byte, an attempt is given up and begun again where it stands
+FIRST_CHUNK_BYTES = 32 * 1024
+LEAST_CHUNK_BYTES = 4 * 1024
+QUICK_CHUNK_S, SLOW_CHUNK_S = 2.0, 10.0  # chunks grow below and shrink above
 PROBE_START_BYTES = 64 * 1024
 PROBE_MOST_BYTES = 4 << 20
 PROBE_METERED_BYTES = 512 * 1024
@@ -70,10 +73,15 @@ class RefusedError(SketchfleetError):
 
 
 class Link:
-    """A device's connection to its coordinator. Use from one event loop."""
+    """A device's connection to its coordinator. Use from one event loop.
+
+    `patience_s` is how long a transfer goes on without a byte before it raises `LinkError`.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.patience_s = STALL_S
+        self._chunk_bytes = FIRST_CHUNK_BYTES
         self.credential = ""
         self.resumes = 0
         self._control = grpc.aio.insecure_channel(address, options=_OPTIONS)
@@ -142,7 +150,7 @@ class Link:
     async def fetch(self, blob: BlobRef, folder: Path) -> Path:
         """Fetches a blob into `folder`, resuming what an earlier attempt left.
 
-        Raises `RefusedError`, or `LinkError` when no byte arrives for `STALL_S`.
+        Raises `RefusedError`, or `LinkError` when no byte arrives for `patience_s`.
         """
         target = folder / blob.digest
         if target.is_file() and target.stat().st_size == blob.size_bytes:
@@ -169,7 +177,7 @@ class Link:
     async def push(self, assignment_id: str, digest: str, path: Path) -> tuple[str, str]:
         """Pushes an update in a window of chunks; returns (receipt, outcome).
 
-        Raises `RefusedError`, or `LinkError` when nothing is acknowledged for `STALL_S`.
+        Raises `RefusedError`, or `LinkError` when nothing is acknowledged for `patience_s`.
         """
         size = path.stat().st_size
         held = 0
@@ -184,8 +192,8 @@ class Link:
             if 0 < held < size:
                 log.info("push resumed", extra={"at_byte": held, "of_bytes": size})
             if held < size:
-                await self._put(path, begun.upload_id, held, min(begun.chunk_bytes, CHUNK_BYTES),
-                                advance)  # fmt: skip
+                most = min(begun.chunk_bytes, CHUNK_BYTES)
+                await self._put(path, begun.upload_id, held, most, advance)
             done = await self._transfer.CommitPush(
                 pb.CommitPushRequest(upload_id=begun.upload_id),
                 timeout=STALL_S, metadata=self._metadata,
@@ -199,10 +207,13 @@ class Link:
         return await self._resume(attempt, lambda: held)
 
     async def _put(
-        self, path: Path, upload_id: str, offset: int, chunk_bytes: int,
+        self, path: Path, upload_id: str, offset: int, most_bytes: int,
         advance: Callable[[int], None],
     ) -> None:  # fmt: skip
-        """Sends the rest of a file, `WINDOW_CHUNKS` unary calls in flight."""
+        """Sends the rest of a file, `WINDOW_CHUNKS` unary calls in flight.
+
+        The link sets the size of chunks, so that on the slowest one calls still end in time.
+        """
         window = asyncio.Semaphore(WINDOW_CHUNKS)
         in_flight: set[asyncio.Task[None]] = set()
 
@@ -211,18 +222,22 @@ class Link:
                 request = pb.PutChunkRequest(
                     upload_id=upload_id, offset=at, data=data, crc32=crc32(data)
                 )
+                begun = time.monotonic()
                 answer = await self._transfer.PutChunk(
-                    request, timeout=STALL_S, metadata=self._metadata
+                    request, timeout=2 * STALL_S, metadata=self._metadata
                 )
                 advance(answer.durable_bytes)
+                self._adapt(time.monotonic() - begun, most_bytes)
             finally:
                 window.release()
 
         try:
             with path.open("rb") as stream:
                 stream.seek(offset)
-                while data := stream.read(chunk_bytes):
+                while True:
                     await window.acquire()
+                    if not (data := stream.read(min(self._chunk_bytes, most_bytes))):
+                        break
                     for task in [t for t in in_flight if t.done()]:
                         in_flight.discard(task)
                         task.result()
@@ -233,6 +248,12 @@ class Link:
             for task in in_flight:
                 task.cancel()
             await asyncio.gather(*in_flight, return_exceptions=True)
+
+    def _adapt(self, chunk_s: float, most_bytes: int) -> None:
+        if chunk_s < QUICK_CHUNK_S:
+            self._chunk_bytes = min(most_bytes, 2 * self._chunk_bytes)
+        elif chunk_s > SLOW_CHUNK_S:
+            self._chunk_bytes = max(LEAST_CHUNK_BYTES, self._chunk_bytes // 2)
 
     async def probe(self, metered: bool) -> LinkProfile:
         """Measures the channel both ways with little data: doubles until a transfer takes 1.5 s.
@@ -299,7 +320,7 @@ class Link:
 
     async def _resume(self, attempt: Callable[[], Awaitable[T]], progress: Callable[[], int]) -> T:
         """Repeats a transfer from where it stands while bytes still move."""
-        moved_at, held = time.monotonic(), progress()
+        moved_at, held, pause_s = time.monotonic(), progress(), 0.5
         while True:
             try:
                 return await attempt()
@@ -314,12 +335,16 @@ class Link:
                 failure = error
             if progress() > held:
                 moved_at, held = time.monotonic(), progress()
-            if time.monotonic() - moved_at > STALL_S:
+                pause_s = 0.5
+            if time.monotonic() - moved_at > self.patience_s:
                 raise LinkError(
-                    f"no byte moved to or from {self.address} for {STALL_S:.0f} s: {failure}"
+                    f"no byte moved to or from {self.address} for {self.patience_s:.0f} s: "
+                    f"{failure}"
                 ) from failure
+            log.info("transfer interrupted: %s", failure, extra={"at_byte": held})
             self.resumes += 1
-            await asyncio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - jitter
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            pause_s = min(5.0, 2 * pause_s)
 
     def _failure(self, error: grpc.aio.AioRpcError) -> LinkError | RefusedError:
         reason, sentence = reason_of(error)

@@ -23,11 +23,16 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 class TrainerError(SketchfleetError):
-    """The trainer could not do a job; `outcome` is one of `protos.contract.Outcome`."""
+    """The trainer could not do a job; `outcome` is one of `protos.contract.Outcome`.
 
-    def __init__(self, outcome: str, sentence: str) -> None:
+    `died`: the process ended without an answer, so that trying again may help. What it answered,
+    a training that diverged for one, is the same the next time.
+    """
+
+    def __init__(self, outcome: str, sentence: str, *, died: bool = False) -> None:
         super().__init__(sentence)
         self.outcome = outcome
+        self.died = died
 
 
 class TrainerProcess:
@@ -42,14 +47,15 @@ class TrainerProcess:
     async def run(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
         """Does one job; returns its result event.
 
-        Raises `TrainerError` on a named failure, outcome "crashed" when the process died.
+        Raises `TrainerError` on a named failure; when the process died, outcome "crashed", `died`.
         """
         process = await self._started()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(job).encode() + b"\n")
             await process.stdin.drain()
-            while line := await process.stdout.readline():
+            # A last line without its end is no answer: the process died while writing it.
+            while (line := await process.stdout.readline()).endswith(b"\n"):
                 event: dict[str, Any] = json.loads(line)
                 match event["event"]:
                     case "progress":
@@ -61,13 +67,14 @@ class TrainerProcess:
                         raise TrainerError(event["outcome"], event["message"])
         except (ConnectionError, ValueError, KeyError, TypeError) as error:
             await self.stop()
-            raise TrainerError("crashed", f"the trainer broke off: {error}") from error
+            died = isinstance(error, ConnectionError)
+            raise TrainerError("crashed", f"the trainer broke off: {error}", died=died) from error
         except asyncio.CancelledError:
             await self.stop()
             raise
         code = await process.wait()
         self._process = None
-        raise TrainerError("crashed", _explain_exit(code, self._log))
+        raise TrainerError("crashed", _explain_exit(code, self._log), died=True)
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
@@ -79,6 +86,7 @@ class TrainerProcess:
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     self._python, "-m", "edge_agent.training.trainer", "--threads", threads,
+                    "--agent", str(os.getpid()),
                     stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
                     limit=LINE_LIMIT_BYTES,
                     env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads,

@@ -69,7 +69,7 @@ class AdapterSpec:
     """What every device of a run must agree on; its digest heads every packed file."""
 
     run_id: str
-    base: str  # hub id or folder name
+    base: str  # hub id or folder name; where the base lies, not which it is
     base_revision: str
     base_digest: str  # SHA-256, hex (`profiles.model.base_digest`)
     rank: int  # r of the global adapter
@@ -80,8 +80,13 @@ class AdapterSpec:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the canonical JSON, 32 bytes."""
-        return hashlib.sha256(canonical_json(self)).digest()
+        """SHA-256 of the canonical JSON less `base` and `base_revision`, 32 bytes.
+
+        Those two say where the base lies; which one it is, `base_digest` says.
+        """
+        plain = to_plain(self)
+        del plain["base"], plain["base_revision"]
+        return hashlib.sha256(_compact(plain)).digest()
 
     @property
     def parameters_per_rank(self) -> int:
@@ -232,7 +237,11 @@ def from_plain(kind: type[T], plain: Any) -> T:
 
 def canonical_json(fact: Any) -> bytes:
     """The one JSON of a fact: sorted keys, no spaces. What digests are taken of."""
-    return json.dumps(to_plain(fact), sort_keys=True, separators=(",", ":")).encode()
+    return _compact(to_plain(fact))
+
+
+def _compact(plain: dict[str, Any]) -> bytes:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
 
 def from_json(kind: type[T], text: bytes | str) -> T:

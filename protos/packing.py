@@ -143,7 +143,8 @@ class Int8:
 
     A value lands on its upper neighbour with probability equal to its distance from the lower
     one, so the expectation is the value itself and the error is below one scale (QSGD, arXiv
-    1610.02132). The noise is keyed, hence packing again gives the same bytes.
+    1610.02132). The noise is keyed by seed, side and module, hence packing again gives the same
+    bytes.
     """
 
     name: Encoding = "int8"
@@ -219,7 +220,11 @@ def pack(
     assignment_digest: bytes = NO_ASSIGNMENT,
     seed: int = 0,
 ) -> bytes:
-    """Packs the rows of every module of the spec; `seed` keys the rounding noise of int8.
+    """Packs the rows of every module of the spec; `seed` alone keys the rounding noise of int8.
+
+    Pass the assignment's own seed, which differs by round and device, so that devices do not err
+    alike; its digest keys nothing, since it names the run and where the base lies, and plans
+    replayed elsewhere must give the same bits.
 
     factors: module name -> up (k, m), down (k, n). Raises `PackingError`.
     """
@@ -243,8 +248,7 @@ def pack(
         sides = (("up", factors[name].up, m), ("down", factors[name].down, n))
         for side, values, columns in sides:
             block = _finite_block(values, (k, columns), f"{name} {side}")
-            # Keyed by the assignment too: devices of one seed must not err alike.
-            noise = keyed_stream("pack", seed, assignment_digest.hex(), side, name)
+            noise = keyed_stream("pack", seed, side, name)
             parts.append(codec.encode(block, noise))
     return b"".join(parts)
 

@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from edge_agent import link as link_module
-from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
+from edge_agent.membership import Membership
 from protos.contract import BlobRef, LocalReport, Reason
 from protos.packing import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -341,55 +341,55 @@ async def test_the_link_is_measured_both_ways(harness, tmp_path):
         assert 0 < found.rtt_s < 5
 
 
-# --- the agent's own poll -----------------------------------------------------------------------
+# --- membership ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def agent(tmp_path):
-    """An agent whose state and token are in `tmp_path`, not yet signed on."""
+def member(tmp_path):
+    """A device's membership, its credential and token under `tmp_path`, and its link."""
 
-    def at(coordinator):
+    def of(coordinator):
         (tmp_path / "token").write_text(coordinator.token)
+        (tmp_path / "agent").mkdir()
         plain = {
             "device": {"name": "ash"},
             "coordinator": {"address": coordinator.address, "token_file": tmp_path / "token"},
             "data": {"include": ["code"]},
             "state": {"folder": tmp_path / "agent"},
         }
-        return Agent(AgentConfig.model_validate(plain))
+        link = Link(coordinator.address)
+        return Membership(AgentConfig.model_validate(plain), link, "test"), link
 
-    return at
+    return of
 
 
-async def test_an_agent_whose_renewal_is_refused_enrols_again(harness, tmp_path, agent):
+async def test_a_device_whose_renewal_is_refused_enrols_again(harness, tmp_path, member):
     """As after a renewal whose answer was lost, or longer away than a credential lives."""
     async with harness.fleet(tmp_path, names=()) as fleet:
-        mine = agent(fleet.coordinator)
-        await mine._sign_on()
-        mine.link.credential, mine._renew_at = "ash:lost", 0.0
-        answer = await mine._poll("", 0.0)
+        mine, link = member(fleet.coordinator)
+        await mine.sign_on()
+        link.credential, mine._renew_at = "ash:lost", 0.0
+        answer = await mine.call(lambda: link.next_task(None, "", 0.0, 5.0))
         assert answer.kind == pb.NextTaskResponse.KIND_PROFILE
-        assert mine.link.credential != "ash:lost" and mine._renew_at > time.time()
-        await mine.link.close()
-        mine.journal.close()
+        assert link.credential != "ash:lost" and mine._renew_at > time.time()
+        await link.close()
 
 
-async def test_an_agent_renews_when_the_coordinator_is_back(
-    harness, tmp_path, agent, impatient, monkeypatch
+async def test_an_outage_at_the_time_to_renew_ends_nothing(
+    harness, tmp_path, member, impatient, monkeypatch
 ):
     monkeypatch.setattr(link_module, "CONTROL_S", 0.3)
     async with harness.fleet(tmp_path, names=()) as fleet:
-        mine = agent(fleet.coordinator)
-        await mine._sign_on()
-        mine._renew_at = 0.0
-        old = mine.link.credential
+        mine, link = member(fleet.coordinator)
+        await mine.sign_on()
+        mine._renew_at, old = 0.0, link.credential
         await fleet.coordinator.kill()
-        polling = asyncio.create_task(mine._poll("", 0.0))
+        poll = lambda: link.next_task(None, "", 0.0, 30.0)  # noqa: E731
+        polling = asyncio.create_task(mine.call(poll))
         await asyncio.sleep(1.0)
-        assert not polling.done(), "an outage at the time to renew ended the agent"
+        assert not polling.done(), "the outage ended the agent"
         await fleet.coordinator.start()
         await polling
-        await mine._poll("", 0.0)
-        assert mine.link.credential != old
-        await mine.link.close()
-        mine.journal.close()
+        await mine.call(poll)
+        assert link.credential != old
+        await link.close()

@@ -185,7 +185,7 @@ class LocalFleet:
         with out.open("wb") as stdout, self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "trials.relay", "--listen", "0", "--target",
-                 str(self.port), "--up", device.up, "--down", device.down,
+                 str(self.port), "--up", device.up or "10G", "--down", device.down or "10G",
                  "--delay-ms", str(device.delay_ms)],
                 stdout=stdout, stderr=log, env=environment(), start_new_session=True,
             )  # fmt: skip

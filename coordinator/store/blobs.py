@@ -54,6 +54,17 @@ class BlobStore:
             self._parts[upload_id] = part
         return part
 
+    def parts(self) -> list[str]:
+        """Ids of the uploads that have begun and not finished."""
+        return sorted(path.name for path in (self.root / "uploads").iterdir())
+
+    def discard(self, upload_id: str) -> None:
+        """Forgets what was received of an upload."""
+        part = self._parts.pop(upload_id, None)
+        if part is not None:
+            part.close()
+        (self.root / "uploads" / upload_id).unlink(missing_ok=True)
+
     def finish(self, upload_id: str, digest: str) -> Path:
         """Turns a complete upload into a blob. Raises `TransferError` when the bytes differ."""
         part = self._parts[upload_id]

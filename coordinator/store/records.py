@@ -126,6 +126,11 @@ class AssignmentRecord:
     merged_in: int | None
 
     @property
+    def arrived(self) -> bool:
+        """Whether it counts for its round: complete, and the device did its part."""
+        return self.state == "arrived" and self.complete
+
+    @property
     def complete(self) -> bool:
         """Whether all that was asked for is in: the report and, if it trains, the update."""
         return self.report is not None and (
@@ -223,6 +228,12 @@ class Records:
             query = query.where(adapters.c.version == version)
         with self._db() as db:
             return db.execute(query.order_by(adapters.c.version.desc()).limit(1)).scalar()
+
+    def adapter_digests(self, run_id: str) -> list[str]:
+        """Blobs of all versions of the global adapter."""
+        query = sql.select(adapters.c.digest).where(adapters.c.run_id == run_id)
+        with self._db() as db:
+            return list(db.execute(query).scalars())
 
     # --- devices --------------------------------------------------------------------------------
 
@@ -405,9 +416,13 @@ class Records:
         """One upload."""
         with self._db() as db:
             row = db.execute(uploads.select().where(uploads.c.upload_id == upload_id)).one_or_none()
-        if row is None:
-            return None
-        return UploadRecord(row.upload_id, row.assignment_id, row.digest, row.size_bytes)
+        return None if row is None else _upload(row)
+
+    def uploads_of(self, assignment_id: str) -> list[UploadRecord]:
+        """Uploads ever begun for an assignment."""
+        with self._db() as db:
+            rows = db.execute(uploads.select().where(uploads.c.assignment_id == assignment_id))
+            return [_upload(row) for row in rows]
 
 
 def _configure(connection: Any, _: Any) -> None:
@@ -430,3 +445,7 @@ def _assignment(row: Any) -> AssignmentRecord:
         from_json(LocalReport, row.report) if row.report else None,
         row.update_digest, row.update_bytes, row.received_at, row.merged_in,
     )  # fmt: skip
+
+
+def _upload(row: Any) -> UploadRecord:
+    return UploadRecord(row.upload_id, row.assignment_id, row.digest, row.size_bytes)

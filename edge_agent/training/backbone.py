@@ -52,14 +52,17 @@ class Backbone:
 
     def checkpointing(self, wanted: bool) -> None:
         """Turns activation checkpointing of the decoder layers on or off."""
-        if wanted == self.model.is_gradient_checkpointing:
+        # transformers 5 says "activation"; 4.57, which JetPack 6 ends at, knows only "gradient".
+        known = hasattr(self.model, "activation_checkpointing_enable")
+        word = "activation" if known else "gradient"
+        if wanted == getattr(self.model, f"is_{word}_checkpointing"):
             return
         if wanted:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.model, f"{word}_checkpointing_enable")({"use_reentrant": False})
             # The base is frozen, so a checkpointed layer would see no input that wants gradients.
             self.model.enable_input_require_grads()
         else:
-            self.model.gradient_checkpointing_disable()
+            getattr(self.model, f"{word}_checkpointing_disable")()
             self.model.disable_input_require_grads()
 
 
@@ -163,5 +166,5 @@ def _quieten() -> None:
     # LLM.int8 says at every matrix product that it casts its inputs.
     warnings.filterwarnings("ignore", module=r"bitsandbytes.*")
     warnings.filterwarnings("ignore", message=r".*MatMul8bitLt.*")
-    # transformers 5 renames its checkpointing calls; 4.57, which JetPack 6 ends at, has the old.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers.*")
+    # PEFT asks transformers 5 by the name that 4.57 has.
+    warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")

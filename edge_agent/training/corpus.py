@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -104,6 +104,10 @@ SECRET_TEXT = re.compile(
     r"|\beyJ[A-Za-z0-9_-]{20,}\.eyJ[A-Za-z0-9_-]{20,}\.[A-Za-z0-9_-]{20,}"
 )
 
+# Folders of tools and of other people's packages: not this device's code.
+NEVER_ENTERED = frozenset(
+    (".git", ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", ".tox", ".mypy_cache")
+)
 MAX_FILE_BYTES = 1 << 20
 BINARY_SNIFF_BYTES = 8192
 
@@ -180,7 +184,7 @@ def split_of(digest: str, held_out_share: float) -> Split:
     return "held_out" if int(digest[:13], 16) / 16**13 < held_out_share else "train"
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, skipped: Counter[str]) -> list[Path]:
     """Files of a folder (walked), of a file name, or of a glob (`**` crosses folders)."""
     root = Path(pattern).expanduser()
     if root.is_dir():
@@ -188,7 +192,7 @@ def _expand(pattern: str) -> list[Path]:
             raise CorpusError(
                 f"data folder {root} cannot be read; give the agent's user read permission"
             )
-        return [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
+        return list(_walk(root, skipped))
     if root.is_file():
         return [root]
     if not glob.has_magic(pattern):
@@ -197,11 +201,25 @@ def _expand(pattern: str) -> list[Path]:
     return [p for p in map(Path, found) if p.is_file()]
 
 
+def _walk(root: Path, skipped: Counter[str]) -> Iterator[Path]:
+    """What lies below a folder, but not in `NEVER_ENTERED`; unreadable folders are counted."""
+
+    def count(_: OSError) -> None:
+        skipped["unreadable folder"] += 1
+
+    for folder, below, names in os.walk(root, onerror=count):
+        below[:] = [name for name in below if name not in NEVER_ENTERED]
+        for name in names:
+            yield Path(folder) / name
+
+
 def _read(path: Path, max_file_bytes: int) -> tuple[bytes, str] | str:
     """The bytes and text of a source file, or the reason it is skipped."""
     if SECRET_FILE_NAME.match(path.name):
         return "secret"
     try:
+        if not path.is_file():  # opening a pipe or a device may never return
+            return "not a file"
         if path.stat().st_size > max_file_bytes:
             return "too large"
         raw = path.read_bytes()
@@ -235,11 +253,48 @@ def scan(
 
     Raises `CorpusError` when a folder is missing or unreadable, or nothing is left to train on.
     """
+    patterns, skipped = list(include), Counter[str]()
+    found = _sources(patterns, exclude, languages, held_out_share, max_file_bytes, skipped)
+    files = {f.digest: f for f in found}
+    sample = sorted(files, key=lambda digest: digest[::-1])[:max_files]
+    kept = [files[digest] for digest in sorted(sample)]
+    if not kept:
+        raise _no_sources(patterns, skipped)
+    return Corpus(tuple(kept), skipped)
+
+
+def first_source(
+    include: Iterable[str],
+    *,
+    exclude: Sequence[str] = (),
+    languages: Sequence[str] = (),
+    held_out_share: float = 0.1,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> SourceFile:
+    """The first file that `scan` would take; the files after it are not read.
+
+    Tells cheaply whether there is code at all. Raises `CorpusError` as `scan` does.
+    """
+    patterns, skipped = list(include), Counter[str]()
+    found = _sources(patterns, exclude, languages, held_out_share, max_file_bytes, skipped)
+    first = next(found, None)
+    if first is None:
+        raise _no_sources(patterns, skipped)
+    return first
+
+
+def _sources(
+    patterns: Sequence[str],
+    exclude: Sequence[str],
+    languages: Sequence[str],
+    held_out_share: float,
+    max_file_bytes: int,
+    skipped: Counter[str],
+) -> Iterator[SourceFile]:
+    """Usable files in the order of their paths, no two alike; `skipped` counts the others."""
     skip = [re.compile(fnmatch.translate(pattern)) for pattern in exclude]
-    skipped: Counter[str] = Counter()
-    files: dict[str, SourceFile] = {}
-    patterns = list(include)
-    for path in sorted({p for pattern in patterns for p in _expand(pattern)}):
+    seen: set[str] = set()
+    for path in sorted({p for pattern in patterns for p in _expand(pattern, skipped)}):
         if any(rule.fullmatch(str(path)) for rule in skip):
             skipped["excluded"] += 1
             continue
@@ -257,19 +312,19 @@ def scan(
             skipped["not source code" if language is None else "other language"] += 1
             continue
         digest = hashlib.sha256(raw).hexdigest()
-        if digest in files:
+        if digest in seen:
             skipped["copy"] += 1
             continue
-        files[digest] = SourceFile(path, language, text, digest, split_of(digest, held_out_share))
-    sample = sorted(files, key=lambda digest: digest[::-1])[:max_files]
-    kept = [files[digest] for digest in sorted(sample)]
-    if not kept:
-        why = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "no files"
-        raise CorpusError(
-            f"no source files under {', '.join(patterns)} ({why}); "
-            "point [data] include at folders of source code"
-        )
-    return Corpus(tuple(kept), skipped)
+        seen.add(digest)
+        yield SourceFile(path, language, text, digest, split_of(digest, held_out_share))
+
+
+def _no_sources(patterns: Sequence[str], skipped: Counter[str]) -> CorpusError:
+    why = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "no files"
+    return CorpusError(
+        f"no source files under {', '.join(patterns)} ({why}); "
+        "point [data] include at folders of source code"
+    )
 
 
 def pack(

@@ -7,8 +7,6 @@ processes, pipes or JSON text, nor of coordinators: paths and facts come in with
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,6 +43,7 @@ from protos.contract import (
     to_plain,
 )
 from protos.packing import Factors, pack, unpack
+from protos.transfer import write_durably
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -60,6 +59,7 @@ class ProfileJob:
     base_folder: Path
     spec: AdapterSpec
     request: ProfileRequest
+    memory_cap_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ def run_job(plain: Mapping[str, Any], bench: Workbench, emit: Emit) -> None:
 
 def run_profile(job: ProfileJob, bench: Workbench) -> dict[str, Any]:
     """A few real steps on random tokens: `ComputeProfile` as "compute", `GpuProfile` as "gpu"."""
+    _settle(0)
     base = bench.base(job.base_folder, job.request.precision, job.spec)
-    compute, gpu = profiling.measure(base, job.spec, job.request, bench.baseline_bytes)
+    compute, gpu = profiling.measure(
+        base, job.spec, job.request, bench.baseline_bytes, job.memory_cap_bytes
+    )
     return {
         "event": "result",
         "compute": to_plain(compute),
@@ -236,22 +239,3 @@ def _write_update(job: TrainJob, delta: Mapping[str, Factors]) -> None:
         seed=task.seed,
     )
     write_durably(job.update_path, packed)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power cut."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -113,17 +113,22 @@ def give_back() -> None:
 
 
 def gpu_facts(device: torch.device) -> GpuProfile | None:
-    """The accelerator in use; None on CPU."""
+    """The accelerator in use; None on CPU.
+
+    Free memory is what a trainer that has loaded nothing yet would find: what this one holds is
+    counted as free, so that a warm trainer tells the same as a fresh one.
+    """
     if device.type != "cuda":
         return None
     facts = torch.cuda.get_device_properties(device)
     shared = _shares_memory(device)
     # On shared memory CUDA counts cached file pages as taken; the kernel knows better.
     free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) + (resident_bytes() if shared else 0)
     return GpuProfile(
         name=facts.name,
         memory_total_bytes=int(facts.total_memory),
-        memory_free_bytes=int(free),
+        memory_free_bytes=min(int(free), int(facts.total_memory)),
         compute_capability=f"{facts.major}.{facts.minor}",
         unified_memory=shared,
     )

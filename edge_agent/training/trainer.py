@@ -10,10 +10,12 @@ no jobs by content: `jobs.py` does.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,8 @@ from protos.contract import ContractError, Outcome
 
 if TYPE_CHECKING:
     from edge_agent.training.workbench import Workbench
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def serve(lines: IO[str], events: IO[str], bench: Workbench) -> None:
@@ -116,11 +120,29 @@ def _settle_environment() -> None:
                 del os.environ[name]  # fails there with "out of memory" at the first megabyte
 
 
+def _end_with_the_agent(agent: int | None) -> None:
+    """Has the kernel end this process when the one that started it ends, however that ends.
+
+    Otherwise a killed agent leaves a trainer that holds its memory until the job is done. Ends at
+    once when the starter is gone already. Linux only; elsewhere the end of input has to do.
+    """
+    if sys.platform != "linux":
+        return
+    starter = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Process 1 takes over orphans; in a container it may be the agent itself.
+    adopted = starter == 1 and agent not in (None, 1)
+    if adopted or os.getppid() != starter:
+        sys.exit("the agent is gone; the trainer ends too")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the process; returns its exit status."""
     parser = argparse.ArgumentParser(prog="trainer", description="the agent's trainer process")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--agent", type=int, default=None, help="process id of the agent")
     options = parser.parse_args(arguments)
+    _end_with_the_agent(options.agent)
     events = _reserve_stdout()
     _settle_environment()
     try:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.engine import Engine, build_spec, recorded_plans
+from coordinator.engine import Engine, build_spec
+from coordinator.issuing import recorded_plans
 from coordinator.merge import StoredUpdate, adapter_from_factors, adapter_to_factors, merge_round
 from coordinator.report import build_report
 from coordinator.serve import load_recorded, open_state
@@ -388,7 +389,7 @@ async def test_a_bad_update_does_not_take_a_kept_blob_with_it(harness, tmp_path)
         slice_ = await device.link.fetch(a.slice, tmp_path)
         with pytest.raises(RefusedError) as told:
             await device.push(a, slice_)
-        assert told.value.reason is Reason.BAD_UPDATE
+        assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
         assert sha256(fleet.coordinator.blobs.path(a.slice.digest).read_bytes()) == a.slice.digest
         await fleet.finish()
 
@@ -398,9 +399,9 @@ async def test_an_update_trained_for_another_assignment_is_refused(harness, tmp_
         device, spec, a, update = await one_device(fleet)
         other = replace(a, reason="another")
         received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
-        with pytest.raises(RefusedError, match="answers assignment") as told:
+        with pytest.raises(RefusedError, match="answers an earlier attempt") as told:
             await device.push(a, device.write_update(spec, other, received))
-        assert told.value.reason is Reason.BAD_UPDATE
+        assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
 
 
 async def test_a_second_update_for_an_assignment_is_refused(harness, tmp_path):
@@ -428,9 +429,12 @@ async def test_of_two_updates_begun_side_by_side_only_one_gets_a_receipt(harness
             begun = await device.begin(a.assignment_id, sha256(data), len(data))
             await put_all(device, begun.upload_id, data)
             ids.append(begun.upload_id)
-        assert (await device.commit(ids[0])).receipt.endswith(sha256(first))
-        assert await harness.reason_for(device.commit(ids[1])) is Reason.EQUIVOCATION
-        assert fleet.coordinator.assignment(0, "ash").update_digest == sha256(first)
+        # A device has one open upload an assignment: the later one took the earlier one's place.
+        assert await harness.reason_for(device.commit(ids[0])) is Reason.DIGEST_MISMATCH
+        assert (await device.commit(ids[1])).receipt.endswith(sha256(second))
+        again = device.begin(a.assignment_id, sha256(first), len(first))
+        assert await harness.reason_for(again) is Reason.EQUIVOCATION
+        assert fleet.coordinator.assignment(0, "ash").update_digest == sha256(second)
 
 
 async def test_of_two_updates_committed_at_once_only_one_gets_a_receipt(harness, tmp_path):
@@ -504,7 +508,7 @@ async def test_a_device_that_cannot_fit_is_told_why(harness, tmp_path):
     async with harness.fleet(tmp_path, profiles=small, **ONE) as fleet:
         device = fleet["ash"]
         with pytest.raises(RefusedError, match=r"ash does not fit: needs .* use a smaller") as told:
-            await device.poll(profile=device.profile)
+            await device.poll(5.0, profile=device.profile)
         assert told.value.reason is Reason.DOES_NOT_FIT
 
 
@@ -554,3 +558,31 @@ async def test_numbers_that_are_none_are_refused_in_reports(harness, tmp_path):
         )
         assert await harness.reason_for(call) is Reason.BAD_REQUEST
         assert fleet.coordinator.assignment(0, "ash").report is None
+
+
+# --- what one device must not be able to do to the run -------------------------------------------
+
+
+async def test_an_update_that_moves_weights_beyond_reason_is_refused(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, update = await one_device(fleet)
+        received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
+        huge = {n: replace(f, up=f.up + np.float32(1e30)) for n, f in received.items()}
+        with pytest.raises(RefusedError, match="training diverged") as told:
+            await device.push(a, device.write_update(spec, a, huge))
+        assert told.value.reason is Reason.BAD_UPDATE
+
+
+async def test_what_is_over_leaves_neither_parts_nor_slices_behind(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash",), run={"rounds": 4},
+                             round={"min_devices": 1, "late_rounds": 0}) as fleet:  # fmt: skip
+        spec, a = await fleet["ash"].take()
+        size = packed_bytes(spec, a.rank, a.update_encoding)
+        for number in range(5):
+            await fleet["ash"].begin(a.assignment_id, sha256(bytes([number])), size)
+        assert len(fleet.coordinator.blobs.parts()) == 1
+        await fleet.finish()
+        blobs, records = fleet.coordinator.blobs, fleet.coordinator.records
+        assert blobs.parts() == []
+        assert not blobs.holds(a.slice.digest)
+        assert all(blobs.holds(d) for d in records.adapter_digests(spec.run_id))

@@ -16,6 +16,7 @@ from coordinator.merge import (
     adapter_to_factors,
     cut_slice,
     merge_round,
+    merge_sound,
 )
 from coordinator.methods import WeightError, make
 from profiles.model import ModuleShape
@@ -321,3 +322,22 @@ def test_memory_grows_with_one_module_not_with_the_model(tmp_path):
             tracemalloc.stop()
 
     assert peak(24) < 1.3 * peak(6)
+
+
+def test_one_update_that_no_merge_survives_does_not_stop_the_others(tmp_path):
+    spec = make_spec()
+    adapter = {
+        name: b.scatter_add(np.arange(RANK), np.full(b.up.shape, 3e38), 0 * b.down)
+        for name, b in initial_adapter(spec).items()
+    }
+    good = store(tmp_path, spec, make_assignment("good"), seed=1)
+    huge = {
+        n: Factors(np.full_like(f.up, 3e38), f.down) for n, f in make_delta(spec, RANK, 2).items()
+    }
+    bad = store(tmp_path, spec, make_assignment("bad"), delta=huge)
+    method = make("fedit")
+    with np.errstate(all="ignore"):
+        result, dropped = merge_sound(spec, method, adapter, [good, bad])
+    assert list(dropped) == ["bad-1"] and "far too large" in dropped["bad-1"]
+    assert_same_bits(result.adapter, merge_round(spec, method, adapter, [good]).adapter)
+    assert merge_sound(spec, method, adapter, [bad])[0] is None

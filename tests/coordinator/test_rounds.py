@@ -98,8 +98,29 @@ def test_grace_extends_the_deadline() -> None:
 
 def test_without_quorum_the_round_stays_open_until_it_is_met() -> None:
     run = opened("a", "b", "c")
-    assert run(Arrived(1, 0, "a"), Tick(100), Tick(5000)) == []
-    assert run(Arrived(6000, 0, "c")) == [CloseRound(0, ("a", "c"), ())]
+    assert run(Arrived(1, 0, "a"), Tick(100), Tick(199)) == []
+    assert run(Arrived(199.5, 0, "c")) == [CloseRound(0, ("a", "c"), ())]
+
+
+def test_connected_device_that_never_delivers_is_given_the_length_of_the_round_once_more() -> None:
+    run = opened("a", "b", "c")
+    assert run(Arrived(1, 0, "a"), Tick(199)) == []
+    assert run(Tick(200)) == [CloseRound(0, ("a",), ())]
+    short = opened("a", "b", "c", policy=replace(POLICY, retry_s=300))
+    assert short(Arrived(1, 0, "a"), Tick(399)) == [], "no less than the patience of the run"
+    assert short(Tick(400)) == [CloseRound(0, ("a",), ())]
+
+
+def test_round_in_which_connected_devices_never_deliver_is_planned_again_and_counted() -> None:
+    run = opened("a", "b")
+    assert run(Tick(199)) == [] and run.state.attempts == 0
+    assert run(Tick(200)) == [PlanRound(0, ("a", "b"), False)]
+    run(RoundPlanned(201, 0, ("a", "b"), 100))
+    assert run(Tick(401)) == [PlanRound(0, ("a", "b"), False)]
+    assert run.state.attempts == 2, "two attempts came to nothing"
+    run(RoundPlanned(402, 0, ("a", "b"), 100), Arrived(403, 0, "a"), Arrived(404, 0, "b"))
+    assert run.effects[-1] == CloseRound(0, ("a", "b"), ())
+    assert run.state.attempts == 0, "another round begins at nought"
 
 
 def test_when_the_rest_is_gone_for_good_it_closes_with_what_arrived() -> None:
@@ -200,11 +221,11 @@ def test_restart_keeps_an_open_round_open_until_devices_had_time_to_return() -> 
     )  # fmt: skip
     run = Run(state=extended(stored, 30))
     assert run.state.deadline_at_s == 130
-    assert run(Tick(500), DeviceReady(505, "b"), Tick(600)) == []
-    assert run(Arrived(601, 0, "b")) == [CloseRound(0, ("a", "b"), ())]
+    assert run(Tick(150), DeviceReady(155, "b"), Tick(200)) == []
+    assert run(Arrived(201, 0, "b")) == [CloseRound(0, ("a", "b"), ())]
     alone = Run(state=stored)
-    assert alone(Tick(500)) == []
-    assert alone(Tick(510)) == [CloseRound(0, ("a",), ())]
+    assert alone(Tick(150)) == []
+    assert alone(Tick(160)) == [CloseRound(0, ("a",), ())]
 
 
 def test_restart_repeats_the_unanswered_question() -> None:

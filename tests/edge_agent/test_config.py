@@ -87,17 +87,23 @@ def test_relative_folders_are_relative_to_the_file(load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (LEAST + "[limits]\nmemory_mp = 1\n", r"'limits.memory_mp'; did you mean 'memory_mb'\?"),
-        (LEAST + "[devise]\nname = 'x'\n", r"unknown key 'devise'; did you mean 'device'\?"),
-        (LEAST + "zzz = 1\n", "unknown key 'data.zzz'$"),
-        ("[device]\nname = 'x'\n", "data is missing"),
-        ("[data]\n", "data.include is missing"),
-        ("[data]\ninclude = []\n", "data.include: .*at least 1 item"),
-        ("[data]\ninclude = 'code'\n", "data.include: .*valid tuple"),
-        (LEAST + "[limits]\nmemory_mb = 10\n", "limits.memory_mb: .*greater than or equal to 64"),
-        (LEAST + "[limits]\nthreads = 'all'\n", "limits.threads: .*integer"),
-        (LEAST + "[trainer]\nidle_s = inf\n", "trainer.idle_s: .*finite number"),
-        (LEAST + "[device]\nname = 'My Board'\n", "device.name: .*pattern"),
+        (
+            LEAST + "[limits]\nmemory_mp = 1\n",
+            r"'memory_mp' in \[limits\]; did you mean 'memory_mb'\?",
+        ),
+        (LEAST + "[devise]\nname = 'x'\n", r"'devise' in the top level; did you mean 'device'\?"),
+        (LEAST + "zzz = 1\n", r"unknown key 'zzz' in \[data\]; known keys: exclude, inc"),
+        ("[device]\nname = 'x'\n", r"\[data\] is missing"),
+        ("[data]\n", r"\[data\] lacks 'include'"),
+        ("[data]\ninclude = []\n", r"\[data\] include: .*at least 1 item"),
+        ("[data]\ninclude = 'code'\n", r"\[data\] include: .*valid tuple"),
+        (
+            LEAST + "[limits]\nmemory_mb = 10\n",
+            r"\[limits\] memory_mb: .*greater than or equal to 64",
+        ),
+        (LEAST + "[limits]\nthreads = 'all'\n", r"\[limits\] threads: .*integer"),
+        (LEAST + "[trainer]\nidle_s = inf\n", r"\[trainer\] idle_s: .*finite number"),
+        (LEAST + "[device]\nname = 'My Board'\n", r"\[device\] name: .*pattern"),
         ("[data\n", "is not valid TOML"),
         (LEAST + LEAST, "is not valid TOML"),
     ],
@@ -106,6 +112,22 @@ def test_what_is_wrong_is_named(load, text, sentence):
     with pytest.raises(AgentConfigError, match=sentence) as told:
         load(text)
     assert "agent.toml" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "8470", "coordinator", "host:", ":8470", "host:port", "host:70000", "::1:8470",
+     "http://host:8470", "ho st:8470", "host:8470 "],
+)  # fmt: skip
+def test_an_address_that_is_none_is_told_with_an_example(load, address):
+    with pytest.raises(AgentConfigError, match=r"\[coordinator\] address: must be .*127\.0\.0\.1:"):
+        load(LEAST + f'[coordinator]\naddress = "{address}"\n')
+
+
+@pytest.mark.parametrize("address", ["fleet.lab:8470", "10.0.0.7:1", "[::1]:65535", "my_pc:80"])
+def test_hosts_by_name_and_number_are_taken(load, address):
+    config = load(LEAST + f'[coordinator]\naddress = "{address}"\n')
+    assert config.coordinator.address == address
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):

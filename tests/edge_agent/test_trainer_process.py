@@ -50,10 +50,11 @@ def loop(body):
     return f"while true; do\n{READ}{body}done\n"
 
 
-async def crashes(trainer, sentence, job=None):
+async def crashes(trainer, sentence, job=None, *, died=True):
     with pytest.raises(TrainerError, match=sentence) as told:
         await trainer.run(job or {"job": "x"})
     assert told.value.outcome == "crashed"
+    assert told.value.died is died
     assert "\n" not in str(told.value)
 
 
@@ -86,7 +87,7 @@ async def test_a_named_failure_is_told_and_the_trainer_stays_warm(make, pids):
     trainer = make(READ + failure + loop(RESULT))
     with pytest.raises(TrainerError, match=r"^no room$") as told:
         await trainer.run({})
-    assert told.value.outcome == "out_of_memory"
+    assert told.value.outcome == "out_of_memory" and not told.value.died
     assert (await trainer.run({}))["n"] == 1 and len(pids()) == 1
     await trainer.stop()
 
@@ -96,6 +97,18 @@ async def test_a_crash_is_an_answer_with_the_exit_code(make, pids):
     await crashes(trainer, "ended with exit code 3")
     await crashes(trainer, "ended with exit code 3")
     assert len(pids()) == 2, "after a crash the next job starts a new process"
+
+
+async def test_a_failure_that_was_answered_is_no_death(make):
+    """Training that diverges does so again: only a process that died is worth another try."""
+    diverged = 'echo \'{"event":"error","outcome":"crashed","message":"training diverged"}\'\n'
+    trainer = make(loop(diverged))
+    await crashes(trainer, "training diverged", died=False)
+    await trainer.stop()
+
+
+async def test_a_death_in_the_middle_of_an_answer_is_a_death(make):
+    await crashes(make(READ + 'printf \'{"event":"res\'\nexit 5\n'), "ended with exit code 5")
 
 
 async def test_a_crash_before_the_job_is_read_is_an_answer_too(make):
@@ -112,14 +125,14 @@ async def test_a_kill_is_put_down_to_memory(make):
 )
 async def test_garbage_ends_the_trainer_with_a_named_error(make, pids, line):
     trainer = make(f"{READ}printf '%s\\n' '{line}'\n{loop(RESULT)}")
-    await crashes(trainer, "the trainer broke off")
+    await crashes(trainer, "the trainer broke off", died=False)
     assert ended(pids()[0]), "what babbles is not asked again"
 
 
 async def test_a_line_without_end_does_not_fill_memory(make, monkeypatch):
     monkeypatch.setattr(trainer_process, "LINE_LIMIT_BYTES", 1000)
     trainer = make(READ + "head -c 1500 /dev/zero | tr '\\0' x\n" + loop(RESULT))
-    await crashes(trainer, "the trainer broke off")
+    await crashes(trainer, "the trainer broke off", died=False)
 
 
 async def test_noise_on_standard_error_goes_to_the_log_only(make, tmp_path):
@@ -180,7 +193,8 @@ async def test_a_trainer_that_died_while_idle_is_replaced(make, pids):
 
 async def test_an_interpreter_that_is_not_there_is_named(tmp_path):
     trainer = TrainerProcess(str(tmp_path / "none"), 1, tmp_path / "log")
-    await crashes(trainer, "trainer interpreter .*none cannot be started: .*No such file")
+    sentence = "trainer interpreter .*none cannot be started: .*No such file"
+    await crashes(trainer, sentence, died=False)
 
 
 async def test_the_process_is_started_with_its_module_and_threads(make, monkeypatch):
@@ -188,6 +202,7 @@ async def test_the_process_is_started_with_its_module_and_threads(make, monkeypa
     told = '{\\"event\\":\\"result\\",\\"arguments\\":\\"$*\\",\\"omp\\":\\"$OMP_NUM_THREADS\\"}'
     trainer = make(READ + f'echo "{told}"\n', threads=3)
     result = await trainer.run({})
-    assert result["arguments"] == "-m edge_agent.training.trainer --threads 3"
+    started = f"-m edge_agent.training.trainer --threads 3 --agent {os.getpid()}"
+    assert result["arguments"] == started
     assert result["omp"] == "3"
     await trainer.stop()

@@ -164,14 +164,36 @@ def test_packing_again_gives_the_same_bytes(encoding):
     assert first == second
 
 
-def test_devices_of_one_seed_round_differently():
-    spec = make_spec()
-    factors = make_factors(spec, 4)
-    one, other = (
-        pack(spec, 4, factors, encoding="int8", assignment_digest=digest)
-        for digest in (bytes(32), ANSWER)
-    )
-    assert one[HEADER_BYTES:] != other[HEADER_BYTES:]
+def values_of(spec, **changes):
+    """The packed bytes of the same factors without their header."""
+    facts = {"encoding": "int8", "seed": 9} | changes
+    return pack(spec, 4, make_factors(spec, 4), **facts)[HEADER_BYTES:]
+
+
+def test_devices_of_different_seeds_round_differently():
+    assert values_of(make_spec(), seed=9) != values_of(make_spec(), seed=10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes"),
+    [
+        (make_spec(), {"assignment_digest": ANSWER}),
+        (make_spec(run_id="other"), {}),
+        (make_spec(base="/elsewhere", base_revision=""), {}),
+    ],
+    ids=["assignment", "run name", "model folder"],
+)
+def test_replayed_plans_give_the_same_bits_under_another_name(spec, changes):
+    assert values_of(spec, **changes) == values_of(make_spec())
+
+
+def test_modules_and_sides_of_equal_values_round_differently():
+    spec = make_spec(modules=(ModuleShape("a", 6, 6), ModuleShape("b", 6, 6)))
+    same = np.linspace(0.1, 1, 24, dtype=np.float32).reshape(4, 6)
+    factors = {name: Factors(same, same) for name in ("a", "b")}
+    data = pack(spec, 4, factors, encoding="int8", seed=9)[HEADER_BYTES:]
+    block = len(data) // 4
+    assert len({data[i * block : (i + 1) * block] for i in range(4)}) == 4
 
 
 def test_header_is_as_documented():

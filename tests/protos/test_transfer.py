@@ -198,12 +198,12 @@ def test_chunks_that_were_overtaken_make_room_again(tmp_path):
     """After a resume at another boundary the old chunks must not block the new ones."""
     data = make_data(20 * CHUNK)
     part = PartFile(tmp_path / "x", len(data))
-    for start in range(1, 2 * WINDOW + 1):
+    for start in range(CHUNK + 1, CHUNK + 1 + 4 * WINDOW, 2):  # never where a new chunk begins
         put(part, data, start, start + 1)
-    for start, end in cut(3 * CHUNK):
+    for start, end in cut(4 * CHUNK):
         put(part, data, start, end)
-    assert put(part, data, 4 * CHUNK, 5 * CHUNK) == 3 * CHUNK
-    assert put(part, data, 3 * CHUNK, 4 * CHUNK) == 5 * CHUNK
+    assert put(part, data, 5 * CHUNK, 6 * CHUNK) == 4 * CHUNK
+    assert put(part, data, 4 * CHUNK, 5 * CHUNK) == 6 * CHUNK
 
 
 def test_an_incomplete_file_is_not_finished_and_says_where_to_resume(tmp_path):

@@ -1,9 +1,21 @@
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge_agent.training.corpus import CorpusError, detect_language, pack, scan, split_of, tokenise
+from edge_agent.training import corpus as corpus_module
+from edge_agent.training.corpus import (
+    NEVER_ENTERED,
+    CorpusError,
+    detect_language,
+    first_source,
+    pack,
+    scan,
+    split_of,
+    tokenise,
+)
 
 
 def encode(texts: list[str]) -> list[list[int]]:
@@ -20,6 +32,84 @@ def test_copies_secrets_and_binaries_are_left_out_and_counted(tmp_path: Path) ->
     corpus = scan([str(tmp_path)])
     assert [f.text for f in corpus.files] == ["x = 1\n"]
     assert corpus.skipped == {"copy": 1, "secret": 2, "binary": 1, "not source code": 1}
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / "zero.py").symlink_to("/dev/zero")
+    (tmp_path / "dangling.py").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)  # a socket's path may have no more than 107 bytes
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind("socket.py")
+        corpus = scan([str(tmp_path)])
+    assert [f.path.name for f in corpus.files] == ["a.py"]
+    assert corpus.skipped == {"not a file": 4}
+
+
+def test_folders_of_tools_and_packages_are_not_entered(tmp_path: Path) -> None:
+    for name in (*NEVER_ENTERED, ".mine", "vendor"):
+        (tmp_path / "code" / name).mkdir(parents=True)
+        (tmp_path / "code" / name / "a.py").write_text(f"where = {name!r}\n")
+    inside = {f.path.parent.name for f in scan([str(tmp_path)]).files}
+    assert inside == {".mine", "vendor"}
+    named = scan([str(tmp_path / "code" / "venv")])
+    assert len(named.files) == 1, "what the owner names is what the owner means"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_subfolder_that_cannot_be_read_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "closed").mkdir(mode=0)
+    try:
+        assert scan([str(tmp_path)]).skipped == {"unreadable folder": 1}
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+def test_a_subfolder_that_the_system_refuses_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "closed").mkdir()
+    listing = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert scan([str(tmp_path)]).skipped == {"unreadable folder": 1}
+
+
+def test_the_first_source_is_found_without_reading_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_bytes(b"\0")
+    for name in "bcd":
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1\n")
+    read: list[str] = []
+    reader = corpus_module._read
+    monkeypatch.setattr(
+        corpus_module, "_read", lambda path, most: read.append(path.name) or reader(path, most)
+    )
+    assert first_source([str(tmp_path)]).text == "b = 1\n"
+    assert read == ["a.py", "b.py"]
+    assert first_source([str(tmp_path)], exclude=["*/b.py"]).text == "c = 1\n"
+
+
+def test_the_first_source_and_a_scan_say_the_same_when_there_is_none(
+    tmp_path: Path, code_folder: Path
+) -> None:
+    cases = [([str(tmp_path)], []), ([str(tmp_path / "none")], []), ([str(code_folder)], ["rust"])]
+    for include, languages in cases:
+        with pytest.raises(CorpusError) as by_scan:
+            scan(include, languages=languages)
+        with pytest.raises(CorpusError) as by_first:
+            first_source(include, languages=languages)
+        assert str(by_first.value) == str(by_scan.value)
 
 
 def test_a_file_keeps_its_split_wherever_it_lies(tmp_path: Path, code_folder: Path) -> None:

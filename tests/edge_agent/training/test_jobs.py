@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_agent.training import trainer
+from edge_agent.training import profiling, trainer
+from edge_agent.training.backbone import Backbone
 from edge_agent.training.jobs import run_job
 from edge_agent.training.memory import OutOfMemoryError, is_out_of_memory
 from edge_agent.training.workbench import Workbench
@@ -130,7 +133,7 @@ def test_a_round_trains_the_slice_and_reports_it(
 
     delta = unpack((tmp_path / "update.bin").read_bytes(), spec, K, assignment_digest=task.digest)
     assert all(np.abs(f.up).max() > 0 for f in delta.values()), "up starts at zero and moves"
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.tmp")), "an update is there whole or not at all"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -176,6 +179,36 @@ def test_a_whole_adapter_is_evaluated_without_training(
     assert [(e.subject, e.stage) for e in report.evaluations] == [("global", "received")]
     assert report.trained_parameters == 0
     assert not (tmp_path / "update.bin").exists()
+
+
+def test_checkpointing_is_switched_without_deprecated_calls(
+    bench: Workbench, base_folder: Path, spec: AdapterSpec
+) -> None:
+    base = bench.base(base_folder, "fp32", spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for wanted in (True, True, False, False):
+            base.checkpointing(wanted)
+            on = [m.gradient_checkpointing for m in base.model.modules()
+                  if hasattr(m, "gradient_checkpointing")]  # fmt: skip
+            assert any(on) == wanted
+
+
+def test_checkpointing_uses_the_old_names_where_there_are_no_others() -> None:
+    calls: list[str] = []
+
+    class Old:
+        is_gradient_checkpointing = False
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith(("activation", "is_activation")):
+                raise AttributeError(name)
+            return lambda *_: calls.append(name)
+
+    old = Backbone(Old(), None, torch.float32, torch.device("cpu"))
+    old.checkpointing(False)
+    old.checkpointing(True)
+    assert calls == ["gradient_checkpointing_enable", "enable_input_require_grads"]
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
@@ -263,17 +296,123 @@ def test_an_unexpected_failure_does_not_quote_its_text() -> None:
     assert "KeyError" in event["message"]
 
 
-def test_a_profile_measures_real_steps(
-    base_folder: Path, spec: AdapterSpec, bench: Workbench
+@pytest.fixture
+def profile_job(base_folder: Path, spec: AdapterSpec):
+    def make(tokens: int = 32, micro_batch: int = 2, **changes: Any) -> dict[str, Any]:
+        request = ProfileRequest("fp32", sequence_tokens=tokens, micro_batch=micro_batch, rank=4)
+        job = {"job": "profile", "base_folder": str(base_folder), "spec": to_plain(spec)}
+        return job | {"request": to_plain(request)} | changes
+
+    return make
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most_tokens: int) -> list[tuple[int, int]]:
+    """Training steps of more tokens than that run out of memory; the shapes that were tried."""
+    tried: list[tuple[int, int]] = []
+    step = profiling.train_step
+
+    def limited(model: Any, optimizer: Any, batches: torch.Tensor) -> float:
+        shape = (batches.shape[1], batches.shape[2])
+        if shape not in tried:
+            tried.append(shape)
+        if shape[0] * shape[1] > most_tokens:
+            raise torch.OutOfMemoryError("no room for secret_weights")
+        return step(model, optimizer, batches)
+
+    monkeypatch.setattr(profiling, "train_step", limited)
+    return tried
+
+
+def test_a_profile_that_runs_out_of_memory_is_measured_smaller(
+    profile_job, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = ProfileRequest(precision="fp32", sequence_tokens=32, micro_batch=2, rank=4)
-    job = {
-        "job": "profile",
-        "base_folder": str(base_folder),
-        "spec": to_plain(spec),
-        "request": to_plain(request),
-    }
-    result = run(job, bench)[-1]
+    tried = short_of_memory(monkeypatch, most_tokens=32)
+    result = run(profile_job(tokens=100, micro_batch=5), bench)[-1]
+    assert tried == [(5, 100), (2, 100), (1, 100), (1, 50), (1, 25)]
+    profile = from_plain(ComputeProfile, result["compute"])
+    assert (profile.micro_batch, profile.sequence_tokens) == (1, 25), "what was measured is told"
+    assert profile.tokens_per_s > 0
+
+
+def test_a_failed_attempt_is_gone_before_the_next_one(
+    profile_job, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error would keep the frames, and with them the tensors, of the step that failed."""
+    left: list[weakref.ref[Any]] = []
+    step = profiling.train_step
+
+    def failing_once(model: Any, optimizer: Any, batches: torch.Tensor) -> float:
+        if not left:
+            held = torch.zeros(10)
+            left.append(weakref.ref(held))
+            raise torch.OutOfMemoryError("x")
+        assert left[0]() is None, "the tensors of the failed step are still held"
+        return step(model, optimizer, batches)
+
+    monkeypatch.setattr(profiling, "train_step", failing_once)
+    assert run(profile_job(), bench)[-1]["event"] == "result"
+
+
+def test_a_device_that_cannot_train_one_short_sequence_is_out_of_memory(
+    profile_job, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = short_of_memory(monkeypatch, most_tokens=15)
+    event = run(profile_job(tokens=40, micro_batch=2), bench)[-1]
+    assert tried == [(2, 40), (1, 40), (1, 20), (1, 16)]
+    assert event["outcome"] == "out_of_memory"
+    assert "16 tokens" in event["message"] and "secret_weights" not in event["message"]
+
+
+def test_a_profile_keeps_to_the_owners_cap(profile_job, bench: Workbench) -> None:
+    event = run(profile_job(memory_cap_bytes=50_000_000), bench)[-1]
+    assert event["outcome"] == "out_of_memory"
+    assert "0.05 GB" in event["message"] and "16 tokens" in event["message"]
+    assert run(profile_job(memory_cap_bytes=10**12), bench)[-1]["event"] == "result"
+
+
+def test_a_profile_over_the_owners_cap_is_measured_smaller(
+    profile_job, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    step = profiling.train_step
+
+    def noted(model: Any, optimizer: Any, batches: torch.Tensor) -> float:
+        held.append(batches.numel())
+        return step(model, optimizer, batches)
+
+    monkeypatch.setattr(profiling, "train_step", noted)
+    monkeypatch.setattr("edge_agent.training.memory.resident_bytes", lambda: 10**6 * held[-1])
+    monkeypatch.setattr("edge_agent.training.memory.MemoryWatch.peak_bytes", 1)
+    result = run(profile_job(tokens=64, micro_batch=2, memory_cap_bytes=40 * 10**6), bench)[-1]
+    profile = from_plain(ComputeProfile, result["compute"])
+    assert (profile.micro_batch, profile.sequence_tokens) == (1, 32)
+
+
+def test_a_warm_trainer_measures_the_same_training_as_a_fresh_one(
+    make_job, profile_job, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+    step = profiling.train_step
+
+    def noted(*arguments: Any) -> float:
+        losses.append(step(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(profiling, "train_step", noted)
+    first = run(profile_job(), bench)[-1]
+    told, losses[:] = list(losses), []
+    report_of(run(make_job(make_assignment(checkpointing=True)), bench))
+    second = run(profile_job(), bench)[-1]
+    assert losses == told, "the adapter is drawn alike whatever the trainer did before"
+    measured = ("tokens_per_s", "forward_tokens_per_s", "peak_bytes")
+    for result in (first, second):
+        for name in measured:
+            del result["compute"][name]
+    assert first == second
+
+
+def test_a_profile_measures_real_steps(profile_job, bench: Workbench) -> None:
+    result = run(profile_job(), bench)[-1]
     profile = from_plain(ComputeProfile, result["compute"])
     assert result["gpu"] is None
     assert profile.forward_tokens_per_s > profile.tokens_per_s > 0
