@@ -217,6 +217,9 @@ class Engine:
         run_id, now = self.spec.run_id, self._clock()
         match effect:
             case rounds.PlanRound():
+                if self.state.attempts:
+                    attempts = {"round": effect.round, "attempts": self.state.attempts}
+                    log.warning("nobody delivered; the round begins anew", extra=attempts)
                 self._spawn(self._plan(effect))
             case rounds.CloseRound():
                 detail = {"on_time": list(effect.on_time), "late": list(effect.late)}

@@ -166,6 +166,7 @@ class Agent:
         self.status("measuring link")
         link = await self._measured_link()
         self.status("measuring compute")
+        known = self._known_profile()  # before the trainer takes memory of its own
         folder = await self._base(spec)
         job = {"job": "profile", "base_folder": str(folder), "spec": to_plain(spec),
                "request": to_plain(request),
@@ -175,13 +176,12 @@ class Agent:
         except TrainerError as error:
             raise AgentError(f"this device cannot train {spec.base}: {error}") from error
         gpu = result.get("gpu")
-        self._profile = probe(
-            version=version(), state=self.folder, board=self.config.device.board,
-            memory_cap_bytes=self._memory_cap_bytes,
+        self._profile = dataclasses.replace(
+            known,
             gpu=None if gpu is None else from_plain(GpuProfile, gpu),
             compute=from_plain(ComputeProfile, result["compute"]),
             link=link,
-        )  # fmt: skip
+        )
         self._profile_sent = False
         log.info("profile", extra={"tokens_per_s": round(self._profile.compute.tokens_per_s)
                                    if self._profile.compute else None,

@@ -242,7 +242,9 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         taken.listen()
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         said = serve(run_toml(tmp_path, server={"listen": listen}))
-    assert_one_sentence(said, f"{listen} is already in use", "[server] listen")
+    assert_one_sentence(
+        said, f"{listen} cannot be listened on: the port is in use", "[server] listen"
+    )
 
 
 def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -333,9 +335,9 @@ def test_an_unknown_run_is_named(coordinator: Serving, tmp_path: Path) -> None:
         assert_one_sentence(run("coordinator.cli", *command, *state), "no run 'other'", "cli")
     out = ("--out", str(tmp_path / "adapter"))
     said = run("coordinator.cli", "export", "other", *out, *state)
-    assert_one_sentence(said, "run 'other'")
+    assert_one_sentence(said, "no adapter of run other")
     said = run("coordinator.cli", "export", "cli", "--round", "7", *out, *state)
-    assert_one_sentence(said, "no adapter after 7 rounds")
+    assert_one_sentence(said, "no adapter of run cli after 7 rounds")
 
 
 def test_an_export_never_overwrites(coordinator: Serving, tmp_path: Path) -> None:

@@ -121,6 +121,6 @@ def test_a_trainer_killed_in_mid_training_is_started_again_by_its_agent(
         (trainer,) = (p for p in agent.children() if "edge_agent.training.trainer" in p.cmdline())
         os.kill(trainer.pid, signal.SIGKILL)
         got = yard.finish(fleet)
-        (crash,) = events(fleet.log("lab"), "trainer crashed, trying once more")
+        (crash,) = events(fleet.log("lab"), "the trainer died, trying once more")
     assert "want of memory" in crash["event"]
     assert_same_bits(got, first_run, fleet)

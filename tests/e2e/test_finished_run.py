@@ -100,8 +100,6 @@ def test_a_device_trains_and_sends_exactly_its_k_of_r(first_run: Outcome) -> Non
         assert report.trained_parameters * spec.rank == k * (spec.rank * spec.parameters_per_rank)
         sent = packed_bytes(spec, k, "int8")
         assert a.update_bytes == report.pushed_bytes == sent
-        blob = BlobStore(first_run.state / "blobs").path(a.update_digest)
-        assert blob.stat().st_size == sent
         seen.add((a.assignment.device_id, k))
     assert ("field", RANK // 2) in seen, "the slow link was to halve the sketch"
     assert any(k == RANK for _, k in seen), "a fast device was to train the whole rank"

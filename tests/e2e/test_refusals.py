@@ -43,7 +43,7 @@ def test_a_device_on_which_the_model_does_not_fit_is_told_the_numbers(yard: Yard
         assert fleet.processes["lab"].returncode == 1, logs(fleet)
         said = last_words(fleet, "lab")
         assert fleet.running("coordinator"), "one device too small must not end the run"
-    assert "lab does not fit" in said and "the device has 0.06 GB" in said
+    assert "cannot train" in said and "more than the 0.06 GB its owner allows" in said
     assert "Traceback" not in logs(fleet, lines=1000)
 
 
