@@ -42,7 +42,7 @@ from trials.picture import loss_picture
 
 NANO_CODE = Path(__file__).resolve().parent / "nano_code"
 PATIENCE_S = 300.0  # and a minute for each round
-PROMPT = "def test_degree(self):\n    G = nx."
+PROMPT = "#include <"
 
 
 def devices() -> list[DeviceSetup]:

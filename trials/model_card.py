@@ -30,7 +30,7 @@ UNSEEN = {
 }
 PROMPTS = (
     "import os\nimport ",
-    "def read_lines(path):\n",
+    "def read_lines(path, encoding=",
     "class Stack:\n    def __init__(self",
 )
 
@@ -124,7 +124,8 @@ be tried and tested offline, with every real part in place. **It is not a useful
 |---|---|---|
 {chr(10).join(rows)}
 
-The last rows are what the demo fine-tunes on; the base never saw those files.
+Held-out files are whole files by content hash; the packages repeat much of their code, so their
+figure flatters. Of the kinds marked never seen, the demo fine-tunes on the first four.
 
 ## Completions
 
