@@ -42,7 +42,7 @@ from trials.picture import loss_picture
 
 NANO_CODE = Path(__file__).resolve().parent / "nano_code"
 PATIENCE_S = 300.0  # and a minute for each round
-PROMPT = "#include <"
+PROMPT = "    def diff(self, "
 
 
 def devices() -> list[DeviceSetup]:
@@ -81,8 +81,8 @@ def run_sections(rounds: int) -> dict[str, dict[str, Any]]:
         "adapter": {"rank": 32, "alpha": 64.0},
         "method": {"name": "fslora"},
         "training": {
-            "precision": "nf4", "sequence_tokens": 128, "micro_batch": 4, "local_steps": 15,
-            "min_local_steps": 8, "learning_rate": 5e-3, "checkpointing": False,
+            "precision": "nf4", "sequence_tokens": 128, "micro_batch": 4, "local_steps": 30,
+            "min_local_steps": 15, "learning_rate": 3e-3, "checkpointing": False,
         },
         "round": {"min_devices": 4, "gather_s": 1, "quorum": 0.75, "round_s": 22,
                   "max_round_s": 120, "min_rank": 2},
