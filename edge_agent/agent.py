@@ -127,7 +127,10 @@ class Agent:
                     request = from_message(answer.profile_request, ProfileRequest)
                     await self._measure(spec, request)
                 elif answer.kind == pb.NextTaskResponse.KIND_ASSIGNMENT:
-                    await self._work(spec, from_message(answer.assignment, Assignment))
+                    task = from_message(answer.assignment, Assignment)
+                    told = {"round": task.round, "remaining_s": round(answer.remaining_s)}
+                    log.info("assignment: %s", task.reason, extra=told)
+                    await self._work(spec, task)
                 else:
                     self.status("waiting", message=answer.message)
                     if time.monotonic() - idle_since > self.config.trainer.idle_s:

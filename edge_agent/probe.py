@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
 from profiles.errors import MissingExtraError
 from profiles.link import LinkProfile
 
-CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -40,16 +39,38 @@ def cpu_name(cpu_info: Path = CPU_INFO) -> str:
     return platform.processor() or platform.machine()
 
 
-def cgroup_limit_bytes(paths: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
-    """The memory limit of this control group; None when unlimited or unreadable."""
-    for path in paths:
+def cgroup_limit_bytes(paths: Iterable[Path] | None = None) -> int | None:
+    """The lowest memory limit of these control-group files; None when unlimited or unreadable.
+
+    By default those of this process's own group and of the groups above it (cgroups(7)).
+    """
+    limits = []
+    for path in own_cgroup_files() if paths is None else paths:
         try:
             text = path.read_text().strip()
         except OSError:
             continue
         if text.isdigit() and int(text) < 1 << 60:  # cgroup v1 writes a huge number for "none"
-            return int(text)
-    return None
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def own_cgroup_files(table: Path = OWN_CGROUPS, root: Path = CGROUPS) -> list[Path]:
+    """Where the limits of this process may stand: v2's unified tree and v1's memory tree."""
+    try:
+        lines = table.read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
+    for line in lines:
+        number, controllers, group = line.split(":", 2)
+        parts = [p for p in group.split("/") if p and p != ".."]
+        steps = [Path(*parts[: i + 1]) for i in range(len(parts))]
+        if number == "0" and not controllers:
+            found += [root / step / "memory.max" for step in steps]
+        elif "memory" in controllers.split(","):
+            found += [root / "memory" / step / "memory.limit_in_bytes" for step in steps]
+    return found
 
 
 def probe(

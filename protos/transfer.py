@@ -18,7 +18,6 @@ from profiles.errors import SketchfleetError
 CHUNK_BYTES = 128 * 1024
 WINDOW_CHUNKS = 4
 MAX_MESSAGE_BYTES = 1 << 20
-MAX_BLOB_BYTES = 8 << 30
 
 
 class TransferError(SketchfleetError):

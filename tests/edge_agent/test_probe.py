@@ -7,7 +7,7 @@ import platform
 import pytest
 
 from edge_agent import probe as module
-from edge_agent.probe import board_name, cgroup_limit_bytes, cpu_name, probe
+from edge_agent.probe import board_name, cgroup_limit_bytes, cpu_name, own_cgroup_files, probe
 from profiles.link import LinkProfile
 
 PC = """processor\t: 0
@@ -81,6 +81,20 @@ def test_the_second_place_is_tried_when_the_first_says_nothing(file, tmp_path):
     assert cgroup_limit_bytes((tmp_path / "none", old)) == 1000000
     assert cgroup_limit_bytes((file("max", "memory.max"), old)) == 1000000
     assert cgroup_limit_bytes((tmp_path / "none",)) is None
+
+
+def test_the_limit_of_a_service_is_found_where_its_group_lies(tmp_path):
+    table, root = tmp_path / "cgroup", tmp_path / "fs"
+    table.write_text("4:cpu,memory:/box\n0::/system.slice/agent.service\n")
+    unit = root / "system.slice" / "agent.service"
+    unit.mkdir(parents=True)
+    (unit / "memory.max").write_text("700\n")
+    (root / "system.slice" / "memory.max").write_text("900\n")
+    (root / "memory" / "box").mkdir(parents=True)
+    (root / "memory" / "box" / "memory.limit_in_bytes").write_text("800\n")
+    files = own_cgroup_files(table, root)
+    assert cgroup_limit_bytes(files) == 700, "the lowest of the groups above it holds too"
+    assert own_cgroup_files(tmp_path / "none", root)[0] == root / "memory.max"
 
 
 @pytest.mark.parametrize(
