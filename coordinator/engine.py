@@ -27,7 +27,7 @@ from coordinator.restore import rebuilt
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import AssignmentRecord, Records
 from profiles.device import DeviceProfile
-from profiles.model import ModelShape, base_digest, read_shape
+from profiles.model import ModelShape
 from protos.contract import (
     AdapterSpec,
     Assignment,
@@ -57,23 +57,6 @@ class Task:
     remaining_s: float = 0.0
     profile_request: ProfileRequest | None = None
     message: str = ""
-
-
-def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape]:
-    """The contract of a run over the base in `folder`. Raises `ModelError`."""
-    shape = read_shape(folder)
-    spec = AdapterSpec(
-        run_id=config.run.name,
-        base=config.model.base,
-        base_revision=config.model.revision,
-        base_digest=base_digest(folder),
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
-        use_rslora=config.adapter.rslora,
-        seed=config.run.seed,
-        modules=shape.modules(config.model.targets),
-    )
-    return spec, shape
 
 
 class Engine:
@@ -303,7 +286,7 @@ class Engine:
         log.info("round merged", extra={"round": effect.round, "updates": len(taken)})
         self._feed(rounds.Merged(self._clock(), effect.round))
         self._intake.tidy()
-        self._forget_blobs(effect.round - self._policy.late_rounds)
+        self._issuer.forget(effect.round - self._policy.late_rounds)
 
     def _merge(
         self, updates: Sequence[StoredUpdate]
@@ -315,20 +298,6 @@ class Engine:
         factors = adapter_to_factors(result.adapter)
         packed = pack(self.spec, self.spec.rank, factors, encoding=MASTER_ENCODING)
         return result, self._blobs.put(packed, MASTER_ENCODING).digest, dropped
-
-    def _forget_blobs(self, before_round: int) -> None:
-        """Drops slices and updates of rounds that are over; the adapters of all rounds stay."""
-        given = self._records.assignments(self.spec.run_id)
-        wanted = set(self._records.adapter_digests(self.spec.run_id))
-        old: set[str] = set()
-        for record in given:
-            blobs = (record.assignment.slice, record.assignment.global_adapter)
-            digests = {b.digest for b in blobs if b is not None}
-            if record.update_digest is not None:
-                digests.add(record.update_digest)
-            (old if record.assignment.round < before_round else wanted).update(digests)
-        for digest in old - wanted:
-            self._blobs.drop(digest)
 
     def _stored(self, record: AssignmentRecord, into: int) -> StoredUpdate:
         assert record.update_digest is not None and record.report is not None

@@ -97,6 +97,19 @@ class Issuer:
         packed = self._blobs.path(digest).read_bytes()
         return adapter_from_factors(self._spec, unpack(packed, self._spec, self._spec.rank))
 
+    def forget(self, before_round: int) -> None:
+        """Drops slices and updates of rounds that are over; the adapters of all rounds stay."""
+        wanted = set(self._records.adapter_digests(self._spec.run_id))
+        old: set[str] = set()
+        for record in self._records.assignments(self._spec.run_id):
+            blobs = (record.assignment.slice, record.assignment.global_adapter)
+            digests = {b.digest for b in blobs if b is not None}
+            if record.update_digest is not None:
+                digests.add(record.update_digest)
+            (old if record.assignment.round < before_round else wanted).update(digests)
+        for digest in old - wanted:
+            self._blobs.drop(digest)
+
     def _policy(self, round_: int, evaluate_only: bool) -> PlanPolicy:
         c = self._config
         return PlanPolicy(

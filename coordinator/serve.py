@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator.config import RunConfig
-from coordinator.engine import Engine, build_spec
+from coordinator.engine import Engine
 from coordinator.enrolment import Enrolment, join_token
 from coordinator.issuing import Recorded
 from coordinator.planner import DevicePlan
@@ -21,8 +21,8 @@ from coordinator.service import add_services, make_server
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
-from profiles.model import resolve_base
-from protos.contract import from_plain
+from profiles.model import ModelShape, base_digest, read_shape, resolve_base
+from protos.contract import AdapterSpec, from_plain
 
 log = logging.getLogger("sketchfleet.coordinator")
 
@@ -42,6 +42,23 @@ def open_state(state: Path) -> tuple[Records, BlobStore]:
         raise ServeError(
             f"state folder {state} cannot be used: {error.strerror}; choose another [server] state"
         ) from error
+
+
+def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape]:
+    """The contract of a run over the base in `folder`. Raises `ModelError`."""
+    shape = read_shape(folder)
+    spec = AdapterSpec(
+        run_id=config.run.name,
+        base=config.model.base,
+        base_revision=config.model.revision,
+        base_digest=base_digest(folder),
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        use_rslora=config.adapter.rslora,
+        seed=config.run.seed,
+        modules=shape.modules(config.model.targets),
+    )
+    return spec, shape
 
 
 @contextlib.contextmanager

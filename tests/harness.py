@@ -19,9 +19,9 @@ import grpc
 import numpy as np
 
 from coordinator.config import RunConfig
-from coordinator.engine import Engine, build_spec
+from coordinator.engine import Engine
 from coordinator.enrolment import Enrolment, join_token
-from coordinator.serve import open_state
+from coordinator.serve import build_spec, open_state
 from coordinator.service import add_services, make_server
 from edge_agent.link import Link
 from profiles.device import ComputeProfile, DeviceProfile

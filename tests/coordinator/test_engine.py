@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.engine import Engine, build_spec
+from coordinator.engine import Engine
 from coordinator.issuing import recorded_plans
 from coordinator.merge import StoredUpdate, adapter_from_factors, adapter_to_factors, merge_round
 from coordinator.report import build_report
-from coordinator.serve import load_recorded, open_state
+from coordinator.serve import build_spec, load_recorded, open_state
 from edge_agent.link import RefusedError
 from protos.contract import LocalReport, Reason, RefusalError
 from protos.packing import pack, packed_bytes, unpack

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from coordinator.store.records import AssignmentRecord, Records, RoundRecord
+from tests.tiny_base import write_base
 from trials.fleet import DeviceSetup, LocalFleet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,39 +60,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_base(folder: Path) -> Path:
-    """2 layers, hidden 256, one token per byte: 11,264 adapter parameters per rank row."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|end|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
-    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<|end|>").save_pretrained(
-        folder
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(vocabulary) + 7,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        eos_token_id=0,
-        bos_token_id=0,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def write_code(folder: Path, suffix: str, text: Callable[[int], str]) -> Path:
     folder.mkdir()
     for i in range(32):
@@ -121,7 +89,8 @@ class Yard:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base = write_base(folder / "base")
+        # 11,264 adapter parameters per rank row, so that a slow link takes seconds.
+        self.base = write_base(folder / "base", hidden=256, intermediate=1024, spread=0.05)
         self.devices = [
             DeviceSetup("desk", [str(write_code(folder / "python", ".py", _python))]),
             DeviceSetup("field", [str(write_code(folder / "shell", ".sh", _shell))],
