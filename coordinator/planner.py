@@ -25,7 +25,9 @@ from protos.contract import AdapterSpec, Encoding, Precision
 from protos.packing import packed_bytes
 
 AUTO_PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "nf4")  # most precise first
-SHORTEST_ROUND_S = 1.0
+SHORTEST_ROUND_S = (
+    15.0  # of its own choosing: starting a trainer and loading a base is not modelled
+)
 DEADLINE_STEP_S = 0.1  # a chosen deadline is rounded up to this
 
 

@@ -161,7 +161,11 @@ def _curve(given: list[AssignmentRecord]) -> list[CurvePoint]:
 
 def _link(profile: DeviceProfile) -> str:
     link = profile.link
-    return "" if link is None else f"{link.up_bps / 1e6:.3g} / {link.down_bps / 1e6:.3g}"
+    return "" if link is None else f"{_megabits(link.up_bps)} / {_megabits(link.down_bps)}"
+
+
+def _megabits(bps: float) -> str:
+    return f"{bps / 1e6:.0f}" if bps >= 1e8 else f"{bps / 1e6:.3g}"
 
 
 DEVICE_COLUMNS = (
