@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 
 import grpc
@@ -12,7 +13,7 @@ import pytest
 from edge_agent import link as link_module
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
-from edge_agent.membership import Membership
+from edge_agent.membership import Membership, MembershipError
 from protos.contract import BlobRef, LocalReport, Reason
 from protos.packing import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -82,6 +83,35 @@ async def test_a_push_resumes_at_the_byte_after_the_coordinator_died(harness, tm
         assert min(offset for offset, _ in after) == held
         assert sum(length for _, length in after) == size - held, "bytes were sent again"
         assert device.link.resumes >= 1
+
+
+async def test_an_outage_longer_than_its_patience_ends_a_push_and_an_agent_has_no_end_of_it(
+    harness, tmp_path, impatient
+):
+    async with harness.fleet(tmp_path, **large(harness)) as fleet:
+        device, _, a, update = await trained(fleet)
+        await fleet.coordinator.kill()
+        device.link.patience_s = 0.3
+        with pytest.raises(LinkError, match=r"no byte moved to or from .* for 0 s"):
+            await device.push(a, update)
+        device.link.patience_s = math.inf  # as the agent sets it after the first contact
+        pushing = asyncio.create_task(device.push(a, update))
+        await asyncio.sleep(1.0)
+        assert not pushing.done()
+        await fleet.coordinator.start()
+        assert (await pushing)[1] == "accepted"
+
+
+def test_chunks_follow_the_link():
+    """Four fixed chunks in flight would never end on a slow link: 4 x 128 KiB at 50 kbit/s."""
+    link, sizes = Link.__new__(Link), []
+    link._chunk_bytes = link_module.FIRST_CHUNK_BYTES
+    for seconds in [15.0] * 5 + [5.0] + [0.1] * 8:
+        link._adapt(seconds, CHUNK_BYTES)
+        sizes.append(link._chunk_bytes)
+    assert sizes[:5] == [16384, 8192, 4096, 4096, 4096]
+    assert sizes[5] == 4096, "neither slow nor quick: as it was"
+    assert sizes[-1] == CHUNK_BYTES and max(sizes) == CHUNK_BYTES
 
 
 async def test_a_push_after_a_restart_of_the_device_resumes_too(harness, tmp_path, impatient):
@@ -372,6 +402,30 @@ async def test_a_device_whose_renewal_is_refused_enrols_again(harness, tmp_path,
         answer = await mine.call(lambda: link.next_task(None, "", 0.0, 5.0))
         assert answer.kind == pb.NextTaskResponse.KIND_PROFILE
         assert link.credential != "ash:lost" and mine._renew_at > time.time()
+        await link.close()
+
+
+async def test_an_update_finds_its_way_although_the_credential_was_lost(harness, tmp_path, member):
+    """A journal is sent before the first poll: it must not need one to enrol again."""
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        _, _, a, update = await trained(fleet)
+        mine, link = member(fleet.coordinator)
+        await mine.sign_on()
+        link.credential = "ash:lost"
+        digest = hashlib.sha256(update.read_bytes()).hexdigest()
+        receipt, outcome = await mine.call(lambda: link.push(a.assignment_id, digest, update))
+        assert outcome == "accepted" and digest in receipt
+        await link.close()
+
+
+async def test_two_devices_of_one_name_are_told_to_part(harness, tmp_path, member):
+    async with harness.fleet(tmp_path, names=()) as fleet:
+        mine, link = member(fleet.coordinator)
+        await mine.sign_on()
+        with pytest.raises(MembershipError, match="another one uses the name 'ash'"):
+            for _ in range(5):
+                link.credential = "ash:taken"
+                await mine.call(lambda: link.next_task(None, "", 0.0, 5.0))
         await link.close()
 
 
