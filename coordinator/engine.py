@@ -317,9 +317,10 @@ class Engine:
         """The device's next piece of work, waiting up to `wait_s` for one."""
         now = self._clock()
         self._seen[device_id] = now
-        self._records.seen(device_id, now, profile)
         if profile is not None:
+            profile = profile.completed_by(self._profiles.get(device_id))
             self._profiles[device_id] = profile
+        self._records.seen(device_id, now, profile)
         if self.state.phase == "finished":
             return self._farewell(device_id, working_on)
         known = self._profiles.get(device_id)

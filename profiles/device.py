@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiles.link import LinkProfile
 
@@ -63,3 +63,15 @@ class DeviceProfile:
             free = self.memory_available_bytes - reserve
         cap = self.memory_cap_bytes
         return max(0, free if cap is None else min(free, cap))
+
+    def completed_by(self, kept: DeviceProfile | None) -> DeviceProfile:
+        """The same with what an earlier life of the agent measured on the same machine.
+
+        Itself when it was measured in this life, or when the machine is another.
+        """
+        if kept is None or self.compute is not None:
+            return self
+        mine = (self.cpu, self.cores, self.memory_total_bytes, self.agent_version)
+        if mine != (kept.cpu, kept.cores, kept.memory_total_bytes, kept.agent_version):
+            return self
+        return replace(self, compute=kept.compute, gpu=kept.gpu, link=kept.link)

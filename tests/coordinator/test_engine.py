@@ -586,3 +586,16 @@ async def test_what_is_over_leaves_neither_parts_nor_slices_behind(harness, tmp_
         assert blobs.parts() == []
         assert not blobs.holds(a.slice.digest)
         assert all(blobs.holds(d) for d in records.adapter_digests(spec.run_id))
+
+
+async def test_a_restarted_agent_need_not_measure_again(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash",), round={"min_devices": 2}) as fleet:
+        ash = fleet["ash"]
+        await ash.poll(profile=ash.profile)
+        fresh = replace(ash.profile, compute=None, link=None, memory_available_bytes=10**9)
+        answer = await ash.poll(profile=fresh)
+        assert answer.kind == pb.NextTaskResponse.KIND_WAIT
+        (known,) = fleet.coordinator.records.all_devices()
+        assert known.profile == replace(ash.profile, memory_available_bytes=10**9)
+        moved = await ash.poll(profile=replace(fresh, cpu="another machine"))
+        assert moved.kind == pb.NextTaskResponse.KIND_PROFILE
