@@ -68,7 +68,7 @@ def devices() -> list[DeviceSetup]:
         DeviceSetup(
             "field-board", [f"{site}/numpy"], board="board, 0.8 GB",
             languages=["python-stub"], max_files=160,
-            memory_mb=800, up="250k", down="1M", delay_ms=60,
+            memory_mb=800, up="300k", down="1200k", delay_ms=60,
         ),
     ]  # fmt: skip
 
@@ -85,7 +85,7 @@ def run_sections(rounds: int) -> dict[str, dict[str, Any]]:
             "min_local_steps": 15, "learning_rate": 3e-3, "checkpointing": False,
         },
         "round": {"min_devices": 4, "gather_s": 1, "quorum": 0.75, "round_s": 22,
-                  "max_round_s": 120, "min_rank": 2},
+                  "max_round_s": 120, "min_rank": 8},
         "wire": {"update": "int8", "slice": "bfloat16", "global_adapter": "bfloat16"},
         "evaluation": {"every_rounds": 2, "sequences": 24, "held_out_share": 0.2},
     }  # fmt: skip
