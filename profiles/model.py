@@ -14,9 +14,6 @@ from typing import Any
 
 from profiles.errors import MissingExtraError, SketchfleetError
 
-# PEFT's "all-linear" for the decoder families below: every projection but the output head.
-GATED_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PLAIN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj")
 PLAIN_MLP_MODEL_TYPES = ("starcoder2",)
 KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "starcoder2", "gemma", "gemma2")
 BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors")

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from profiles.errors import MissingExtraError, SketchfleetError
+from profiles.events import set_up_logging
 from protos.contract import ContractError, Outcome
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _end_with_the_agent(options.agent)
     events = _reserve_stdout()
+    set_up_logging()
     _settle_environment()
     try:
         import torch

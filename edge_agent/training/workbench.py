@@ -6,7 +6,8 @@ no events.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from edge_agent.training.memory import give_back, resident_bytes
 from profiles.errors import SketchfleetError
 from profiles.model import base_digest
 from protos.contract import AdapterSpec, Precision
+
+log = logging.getLogger("sketchfleet.trainer")
 
 
 class BaseMismatchError(SketchfleetError):
@@ -101,6 +104,7 @@ class Workbench:
                 held_out_share=held_out_share,
                 max_files=data.max_files,
             )
+            log.info("corpus", extra=asdict(corpus.summary))  # counts, no names
             train, held_out = (
                 tokenise(corpus.of(split), base.encode, base.separator_id, sequence_tokens)
                 for split in ("train", "held_out")
