@@ -1,13 +1,15 @@
 """Packing and unpacking of updates against copying the same floats, and sizes against the floor.
 
 The floor of time is a memory copy of the float32 values in the same run; the floor of size is the
-values at their bits plus their scales. Both are given as ratios.
+kept values at their bits, their scales and, in a sparse file, the entropy of which are kept. Both
+are given as ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,11 +18,12 @@ from typing import get_args
 import numpy as np
 
 from profiles.model import ModuleShape
-from protos.contract import AdapterSpec, Encoding
-from protos.packing import Factors, pack, packed_bytes, unpack
+from protos.contract import AdapterSpec, Encoding, Payload
+from protos.packing import Parts, pack, packed_bytes, unpack
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8}
 SCALE_BITS = {"float32": 0, "bfloat16": 0, "int8": 32}  # per row
+SPARSE_DENSITY = 1 / 16
 
 
 def make_spec(layers: int, rank: int) -> AdapterSpec:
@@ -34,14 +37,14 @@ def make_spec(layers: int, rank: int) -> AdapterSpec:
     return AdapterSpec("bench", "bench", "", "0" * 64, rank, 16.0, False, 1, modules)
 
 
-def make_factors(spec: AdapterSpec) -> dict[str, Factors]:
+def make_factors(spec: AdapterSpec) -> dict[str, Parts]:
     """Normal values."""
     draw = np.random.default_rng(0)
     return {
-        m.name: Factors(
-            draw.normal(size=(spec.rank, m.out_features)).astype(np.float32),
-            draw.normal(size=(spec.rank, m.in_features)).astype(np.float32),
-        )
+        m.name: {
+            "up": draw.normal(size=(spec.rank, m.out_features)).astype(np.float32),
+            "down": draw.normal(size=(spec.rank, m.in_features)).astype(np.float32),
+        }
         for m in spec.modules
     }
 
@@ -56,11 +59,21 @@ def best_s(work: Callable[[], object], times: int) -> float:
     return min(found)
 
 
-def copy_all(factors: Mapping[str, Factors]) -> None:
-    """The floor."""
-    for part in factors.values():
-        part.up.copy()
-        part.down.copy()
+def copy_all(factors: Mapping[str, Parts]) -> None:
+    """The floor of time."""
+    for parts in factors.values():
+        for values in parts.values():
+            values.copy()
+
+
+def floor_bytes(spec: AdapterSpec, payload: Payload) -> float:
+    """The floor of size. Which values are kept is a fair draw at the density's entropy."""
+    values = payload.rank * spec.parameters_per_rank
+    rows = 2 * payload.rank * len(spec.modules)
+    share = payload.density
+    which = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)  # bits per value
+    bits = values * (share * BITS[payload.encoding] + which) + rows * SCALE_BITS[payload.encoding]
+    return bits / 8
 
 
 def main() -> None:
@@ -72,29 +85,30 @@ def main() -> None:
     times = 2 if quick else 3
     factors = make_factors(spec)
     values = spec.rank * spec.parameters_per_rank
-    rows = 2 * spec.rank * len(spec.modules)
+    payloads = {str(encoding): Payload(spec.rank, encoding) for encoding in get_args(Encoding)}
+    payloads["int8 1/16"] = Payload(spec.rank, "int8", density=SPARSE_DENSITY)
     floor_s = best_s(lambda: copy_all(factors), times)
     print(f"{values * 4 / 1e6:.1f} MB of float32; a copy takes {floor_s * 1e3:.1f} ms")
-    print(f"{'encoding':10} {'pack MB/s':>10} {'x copy':>7} {'unpack MB/s':>12} {'x copy':>7} "
-          f"{'bytes/floor':>12}")  # fmt: skip
+    print(f"{'payload':10} {'pack MB/s':>10} {'x copy':>7} {'unpack MB/s':>12} {'x copy':>7} "
+          f"{'bytes/floor':>12} {'of float32':>11}")  # fmt: skip
     results = {}
-    for encoding in get_args(Encoding):
-        data = pack(spec, spec.rank, factors, encoding=encoding)
-        assert len(data) == packed_bytes(spec, spec.rank, encoding)
-        pack_s = best_s(partial(pack, spec, spec.rank, factors, encoding=encoding), times)
-        unpack_s = best_s(partial(unpack, data, spec, spec.rank), times)
-        floor_bytes = (values * BITS[encoding] + rows * SCALE_BITS[encoding]) / 8
-        results[encoding] = {
+    for name, payload in payloads.items():
+        data = pack(spec, payload, factors)
+        assert len(data) == packed_bytes(spec, payload)
+        pack_s = best_s(partial(pack, spec, payload, factors), times)
+        unpack_s = best_s(partial(unpack, data, spec, payload), times)
+        results[name] = {
             "pack_mb_s": values * 4e-6 / pack_s,
             "pack_over_copy": pack_s / floor_s,
             "unpack_mb_s": values * 4e-6 / unpack_s,
             "unpack_over_copy": unpack_s / floor_s,
-            "bytes_over_floor": len(data) / floor_bytes,
+            "bytes_over_floor": len(data) / floor_bytes(spec, payload),
+            "bytes_over_float32": len(data) / (4 * values),
         }
-        r = results[encoding]
-        print(f"{encoding:10} {r['pack_mb_s']:10.0f} {r['pack_over_copy']:7.1f} "
+        r = results[name]
+        print(f"{name:10} {r['pack_mb_s']:10.0f} {r['pack_over_copy']:7.1f} "
               f"{r['unpack_mb_s']:12.0f} {r['unpack_over_copy']:7.1f} "
-              f"{r['bytes_over_floor']:12.5f}")  # fmt: skip
+              f"{r['bytes_over_floor']:12.5f} {r['bytes_over_float32']:11.4f}")  # fmt: skip
     print(json.dumps({"benchmark": "packing", "values": values, "results": results}))
 
 

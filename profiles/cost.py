@@ -70,6 +70,9 @@ class LocalWork:
     slice_bytes: int
     update_bytes: int
     global_bytes: int
+    density: float = 1.0  # share of the adapter's values that travels
+    side_rank: int = 0  # rows of the frozen branch beside the base
+    dense_parameters: int = 0  # of tensors that are trained whole
 
     @property
     def train_tokens(self) -> int:
@@ -148,9 +151,11 @@ def peak_memory_bytes(
     def kept(rank: int) -> int:
         return activation_bytes(shape, rank, on_gpu=on_gpu) * tokens
 
+    held = HELD_BYTES * work.side_rank * work.parameters_per_rank
     train = 0.0
     if work.local_steps:
-        state = TRAINED_BYTES * work.rank * work.parameters_per_rank
+        trained = work.rank * work.parameters_per_rank + work.dense_parameters
+        state = TRAINED_BYTES * trained + held
         if work.checkpointing:
             boundary = shape.layers * compute * shape.hidden * tokens
             transient = RECOMPUTE * kept(work.rank)
@@ -160,7 +165,7 @@ def peak_memory_bytes(
         train = state + boundary + max(transient, loss)
     evaluate = 0.0
     if work.evaluates_global:
-        state = HELD_BYTES * work.global_rank * work.parameters_per_rank
+        state = HELD_BYTES * work.global_rank * work.parameters_per_rank + held
         evaluate = state + max(FORWARD_ONLY * kept(work.global_rank), loss)
     base = weight_bytes(shape, work.precision, on_gpu=on_gpu) + dequantised
     return int((base + max(train, evaluate)) * ALLOCATOR_SLACK) + baseline_bytes
@@ -194,7 +199,9 @@ def train_flops_per_token(shape: ModelShape, work: LocalWork) -> float:
     matmul = shape.linear_parameters + shape.vocabulary * shape.hidden
     passes = 6 if work.checkpointing else 4
     attention = 6 * work.sequence_tokens * shape.hidden * shape.layers
-    return float(passes * matmul + attention + _adapter_flops(work, work.rank))
+    # A frozen branch needs no gradient of its own.
+    branch = (6 if work.checkpointing else 4) * work.side_rank * work.parameters_per_rank
+    return float(passes * matmul + attention + _adapter_flops(work, work.rank) + branch)
 
 
 def round_seconds(shape: ModelShape, profile: DeviceProfile, work: LocalWork) -> Cost:
@@ -265,4 +272,6 @@ def _as_measured(work: LocalWork, measured: ComputeProfile) -> LocalWork:
         local_steps=1,
         checkpointing=False,
         evaluates_global=False,
+        side_rank=0,
+        dense_parameters=0,
     )

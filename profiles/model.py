@@ -10,9 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from profiles.errors import MissingExtraError, SketchfleetError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PLAIN_MLP_MODEL_TYPES = ("starcoder2",)
 KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "starcoder2", "gemma", "gemma2")
@@ -169,6 +173,71 @@ def base_digest(folder: Path) -> str:
             part = hashlib.file_digest(stream, "sha256")
         whole.update(f"{path.name}\0{part.hexdigest()}\n".encode())
     return whole.hexdigest()
+
+
+def dense_tensors(folder: Path, names: Sequence[str]) -> tuple[ModuleShape, ...]:
+    """Every weight of the named modules, as shapes; one-dimensional ones as (1, n).
+
+    Raises `ModelError` on a module that has no weights of its own in the safetensors files, or
+    weights of more than two dimensions.
+    """
+    tensors = _tensors(folder) if names else {}  # else nobody asks what the files hold
+    shapes = {tensor: facts["shape"] for tensor, (_, facts, _) in tensors.items()}
+    found = []
+    for name in names:
+        own = sorted(n for n in shapes if n.startswith(f"{name}."))
+        if not own:
+            raise ModelError(
+                f"[model] modules_to_save names {name!r}, which has no weights of its own in "
+                f"{folder}; an output head tied to the embeddings has none"
+            )
+        for tensor in own:
+            shape = shapes[tensor]
+            if len(shape) not in (1, 2):
+                raise ModelError(f"{tensor} has shape {shape}; only vectors and matrices travel")
+            found.append(ModuleShape(tensor, *([1] * (2 - len(shape))), *shape))
+    return tuple(found)
+
+
+def base_tensor(folder: Path, name: str) -> NDArray[np.float32]:
+    """One weight of a base model, float32. Raises `ModelError`."""
+    import numpy as np
+
+    tensors = _tensors(folder)
+    if name not in tensors:
+        raise ModelError(f"{folder} holds no tensor {name}; is it the run's base?")
+    path, facts, start = tensors[name]
+    first, end = facts["data_offsets"]
+    with path.open("rb") as stream:
+        stream.seek(start + first)
+        data = stream.read(end - first)
+    match facts["dtype"]:
+        case "F32" | "F16" as kind:
+            values = np.frombuffer(data, "<f4" if kind == "F32" else "<f2").astype(np.float32)
+        case "BF16":  # the upper half of a float32
+            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        case kind:
+            raise ModelError(f"{name} is {kind}; only F32, F16 and BF16 weights can be added to")
+    return values.reshape(facts["shape"])
+
+
+def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
+    """(file, its entry in the header, where data begins) of every tensor of a base."""
+    found: dict[str, tuple[Path, dict[str, Any], int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError(f"its header would have {length:,} bytes")
+                header = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise TypeError("its header is no JSON object")
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{path} is no safetensors file: {error}") from error
+        header.pop("__metadata__", None)
+        found |= {name: (path, facts, 8 + length) for name, facts in header.items()}
+    return found
 
 
 def read_shape(folder: Path) -> ModelShape:

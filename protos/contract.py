@@ -24,7 +24,9 @@ from profiles.model import ModuleShape
 
 Precision = Literal["nf4", "int8", "bf16", "fp32"]
 Encoding = Literal["float32", "bfloat16", "int8"]
-Subject = Literal["global", "slice"]
+Part = Literal["up", "down", "core", "dense"]
+RowChoice = Literal["prefix", "stratified", "independent"]
+Subject = Literal["global", "slice", "personal"]
 Stage = Literal["received", "trained"]
 Outcome = Literal["done", "out_of_memory", "no_data", "base_mismatch", "crashed"]
 
@@ -77,6 +79,7 @@ class AdapterSpec:
     use_rslora: bool
     seed: int
     modules: tuple[ModuleShape, ...]
+    dense: tuple[ModuleShape, ...] = ()  # tensors trained whole (PEFT's modules_to_save)
 
     @property
     def digest(self) -> bytes:
@@ -94,33 +97,56 @@ class AdapterSpec:
         return sum(m.out_features + m.in_features for m in self.modules)
 
     def scale(self, rank: int) -> float:
-        """The factor on up'down for an adapter of `rank` rows cut from this one.
+        """LoRA's alpha / rank or rsLoRA's alpha / sqrt(rank): the factor on up'down."""
+        return self.alpha / self.divisor(rank)
 
-        LoRA's alpha / rank is FSLoRA's r / k seen from the device. rsLoRA's alpha / sqrt(rank)
-        is not, so there a device of k rows uses alpha * sqrt(r / k) (arXiv 2501.19389).
-        """
-        return self.device_alpha(rank) / (rank**0.5 if self.use_rslora else rank)
+    def divisor(self, rank: int) -> float:
+        """What PEFT divides `lora_alpha` by for an adapter of `rank` rows."""
+        return rank**0.5 if self.use_rslora else float(rank)
 
-    def device_alpha(self, rank: int) -> float:
-        """The `lora_alpha` of a stock PEFT adapter of `rank` rows."""
-        return self.alpha * (self.rank / rank) ** 0.5 if self.use_rslora else self.alpha
+
+@dataclass(frozen=True)
+class Payload:
+    """What a packed file holds; with the spec, its layout and size follow from this alone."""
+
+    rank: int  # rows of up, down and core per module
+    encoding: Encoding
+    parts: tuple[Part, ...] = ("up", "down")  # core is (rank, rank); dense, the spec's tensors
+    density: float = 1.0  # share of the values that is kept, those of largest magnitude
 
 
 @dataclass(frozen=True)
 class BlobRef:
-    """Bytes by content: SHA-256 (hex), size, and how the values inside are encoded."""
+    """Bytes by content: SHA-256 (hex), size, and what the file holds."""
 
     digest: str
     size_bytes: int
-    encoding: Encoding
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Objective:
+    """PropFair's batch loss -log(1 - loss / ceiling), arXiv 2202.01666."""
+
+    ceiling: float  # M, nats per token; above any loss worth training on
+    margin: float  # below ceiling - loss = margin the loss goes on as a straight line
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """HetLoRA's self-pruning (arXiv 2401.06432): the tail is pulled to zero and may be dropped."""
+
+    keep: float  # gamma: the tail begins at row floor(gamma k)
+    penalty: float  # lambda: factor on ||tail of up|| * ||tail of down|| in the loss
 
 
 @dataclass(frozen=True)
 class Assignment:
     """What one device is asked to do in one round.
 
-    `slice` absent means nothing to train; `global_adapter` present means: fetch the whole adapter
-    and evaluate it on held-out code first.
+    `local_steps` 0: nothing to train. `evaluates_global`: first evaluate the whole adapter, from
+    `global_adapter` and `global_side`, on held-out code. A part that neither `slice` nor the
+    device's home holds starts as zeros; with `fresh`, down starts as drawn for this round.
     """
 
     assignment_id: str
@@ -128,8 +154,16 @@ class Assignment:
     round: int
     device_id: str
     method: str
-    rank: int  # sketch size k: rows of the slice
+    rank: int  # rows of the slice: LoRA rank r_i or sketch size k
+    rows: RowChoice  # which rows of the global adapter these are (`protos.sketch.slice_rows`)
     sketch_offset: int  # where the device's rows begin in each module's permutation
+    alpha: float  # lora_alpha of the device's adapter
+    trained: tuple[Part, ...]  # what the optimiser moves
+    personal: tuple[Part, ...]  # what stays at home and starts from there
+    keeps_basis: bool  # row j means the same as last round
+    keeps_state: bool  # the optimiser goes on where it stopped
+    error_feedback: bool  # what the update leaves out is added to the next one
+    fresh: bool
     precision: Precision
     sequence_tokens: int
     micro_batch: int
@@ -138,14 +172,19 @@ class Assignment:
     local_steps: int
     learning_rate: float
     optimizer: str  # "adamw" | "sgd"
-    update_encoding: Encoding
+    update: Payload
     evaluation_sequences: int  # held-out sequences per evaluation
     held_out_share: float
+    evaluates_global: bool
     seed: int
     deadline_s: float  # length of the round
     reason: str  # why this k, in words with numbers
-    slice: BlobRef | None = None
-    global_adapter: BlobRef | None = None
+    slice: tuple[BlobRef, ...] = ()
+    side: BlobRef | None = None  # frozen branch beside the base while training, at scale 1
+    global_adapter: tuple[BlobRef, ...] = ()
+    global_side: BlobRef | None = None
+    objective: Objective | None = None
+    pruning: Pruning | None = None
 
     @property
     def digest(self) -> bytes:
@@ -155,14 +194,21 @@ class Assignment:
     @property
     def trains(self) -> bool:
         """Whether the device is to train, not only to evaluate."""
-        return self.slice is not None
+        return self.local_steps > 0
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Everything to be fetched, each once."""
+        branches = tuple(b for b in (self.side, self.global_side) if b is not None)
+        return tuple(dict.fromkeys((*self.slice, *self.global_adapter, *branches)))
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Mean next-token loss (nats) and accuracy on the device's own held-out code."""
 
-    subject: Subject  # "global": the whole adapter; "slice": the assigned rows only
+    # "global": the whole adapter; "slice": the assigned rows; "personal": the device's own
+    subject: Subject
     stage: Stage
     loss: float
     token_accuracy: float
@@ -190,6 +236,7 @@ class LocalReport:
     pushed_bytes: int = 0
     resumes: int = 0
     main_language: str = ""
+    kept_rank: int = 0  # rows left after HetLoRA's self-pruning; 0: nothing was pruned
 
     def evaluation(self, subject: Subject, stage: Stage) -> Evaluation | None:
         """The evaluation of that subject at that stage, if it was made."""

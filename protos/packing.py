@@ -1,50 +1,77 @@
 """The one file format of adapter slices, whole adapters and updates (`docs/wire-format.md`).
 
-    header    magic "SKFP", version u16, encoding u16, modules u32, rows u32,
-              spec digest 32 bytes, assignment digest 32 bytes                  = 80 bytes
-    module    up (k, m), then down (k, n); modules in the order of the spec
+    header    magic "SKFP", version u16, encoding u16, parts u16, zero u16, modules u32, rows u32,
+              kept u64, spec digest 32 bytes, assignment digest 32 bytes        = 92 bytes
+    module    its parts in the order up (k, m), down (k, n), core (k, k); modules in the order of
+              the spec, then the spec's dense tensors
     float32   k*c little-endian floats
     bfloat16  k*c upper halves of floats, rounded to nearest even
     int8      k float32 scales, then k*c signed bytes; value = scale of its row * byte
+    sparse    (kept > 0) a u32 count for each block; then for each block a bitmap of k*c bits, the
+              scales, if any, and the values whose bit is set
 
-The layout follows from (spec, k, encoding) alone, so the size is known before a byte is read, and
+The layout follows from (spec, payload) alone, so the size is known before a byte is read, and
 nothing is ever allocated by what a sender claims. It does not know which rows of the global
 adapter these are (`protos.sketch`), nor how bytes travel (`protos.transfer`).
 """
 
 from __future__ import annotations
 
+import io
+import math
 import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import IO, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.errors import SketchfleetError
-from protos.contract import AdapterSpec, Encoding
+from protos.codecs import CODECS, Codec, NonFiniteError, PackingError, Values, all_finite, squares
+from protos.contract import AdapterSpec, Encoding, Part, Payload
 from protos.sketch import keyed_stream
 
+__all__ = [
+    "CODECS",
+    "HEADER",
+    "HEADER_BYTES",
+    "NO_ASSIGNMENT",
+    "NonFiniteError",
+    "PackedReader",
+    "PackedWriter",
+    "PackingError",
+    "Parts",
+    "Values",
+    "WrongAssignmentError",
+    "WrongEncodingError",
+    "WrongFormatError",
+    "WrongShapeError",
+    "WrongSizeError",
+    "WrongSpecError",
+    "open_packed",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]
+
 MAGIC = b"SKFP"
-VERSION = 1
-HEADER = struct.Struct("<4sHHII32s32s")
+VERSION = 2
+HEADER = struct.Struct("<4sHHHHIIQ32s32s")
 HEADER_BYTES = HEADER.size
 NO_ASSIGNMENT = bytes(32)  # heads slices and adapters, which answer no assignment
 
-Values = NDArray[np.float32]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+Parts = dict[Part, Values]
+"""One module: up (k, m), down (k, n), core (k, k); or one dense tensor under "dense"."""
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 
-class PackingError(SketchfleetError):
-    """Factors cannot be packed, or bytes are not the packed file they should be."""
-
-
 class WrongSizeError(PackingError):
-    """The file is shorter or longer than its spec and k allow, or holds another k."""
+    """The file is shorter or longer than its spec and payload allow, or holds another k."""
 
 
 class WrongFormatError(PackingError):
@@ -67,244 +94,310 @@ class WrongShapeError(PackingError):
     """Factors or k that the spec does not allow."""
 
 
-class NonFiniteError(PackingError):
-    """A value or scale is NaN, infinite, or too large for the encoding."""
+@dataclass(frozen=True)
+class _Block:
+    """One part of one module: where it begins in a file that is not sparse, and its shape."""
 
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """Rows of one module's adapter, rank-first. up: (k, m) float32; down: (k, n) float32."""
-
-    up: Values
-    down: Values
-
-
-class Codec(Protocol):
-    """How a (rows, columns) block of finite float32 becomes bytes. `noise` is seeded."""
-
-    name: Encoding
-    wire_id: int  # pairwise two bits apart, so that no single flipped bit turns one into another
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of one row, scale included."""
-
-    def encode(self, values: Values, noise: np.random.Philox) -> bytes:
-        """Exactly rows * row_bytes(columns) bytes. Raises `NonFiniteError` on overflow."""
-
-    def decode(self, data: memoryview, rows: int, columns: int) -> Values:
-        """A fresh (rows, columns) array; may hold non-finite values when `data` is hostile."""
-
-
-class Float32:
-    """Values as they are."""
-
-    name: Encoding = "float32"
-    wire_id = 1
-
-    def row_bytes(self, columns: int) -> int:
-        """Four bytes a value."""
-        return 4 * columns
-
-    def encode(self, values: Values, noise: np.random.Philox) -> bytes:
-        """Little-endian floats."""
-        return values.astype("<f4").tobytes()
-
-    def decode(self, data: memoryview, rows: int, columns: int) -> Values:
-        """The same values, bit for bit."""
-        return np.frombuffer(data, dtype="<f4").reshape(rows, columns).astype(np.float32)
-
-
-class BFloat16:
-    """Upper half of a float32, rounded to nearest even: relative error at most 2**-8."""
-
-    name: Encoding = "bfloat16"
-    wire_id = 2
-
-    def row_bytes(self, columns: int) -> int:
-        """Two bytes a value."""
-        return 2 * columns
-
-    def encode(self, values: Values, noise: np.random.Philox) -> bytes:
-        """Adds half of the dropped part, less one when the kept part is even, then cuts."""
-        bits = values.astype(np.float32).view(np.uint32)
-        halves = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
-        if np.any((halves & 0x7F80) == 0x7F80):
-            raise NonFiniteError("a value above 3.39e38 is too large for bfloat16; use float32")
-        return halves.tobytes()
-
-    def decode(self, data: memoryview, rows: int, columns: int) -> Values:
-        """Exact: every bfloat16 is a float32."""
-        bits = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).reshape(rows, columns)
-
-
-class Int8:
-    """Signed bytes under a per-row scale (absmax / 127), rounded up or down at random.
-
-    A value lands on its upper neighbour with probability equal to its distance from the lower
-    one, so the expectation is the value itself and the error is below one scale (QSGD, arXiv
-    1610.02132). The noise is keyed by seed, side and module, hence packing again gives the same
-    bytes.
-    """
-
-    name: Encoding = "int8"
-    wire_id = 4
-
-    def row_bytes(self, columns: int) -> int:
-        """One byte a value and four for the scale."""
-        return 4 + columns
-
-    def encode(self, values: Values, noise: np.random.Philox) -> bytes:
-        """Scales (rows,) float32, then bytes (rows, columns)."""
-        peak = np.abs(values).max(axis=1).astype(np.float64)
-        scale = (peak / 127).astype(np.float32)
-        # A scale rounded down would put the peak beyond 127, where clipping biases it.
-        low = scale.astype(np.float64) * 127 < peak
-        scale = np.where(low, np.nextafter(scale, np.float32(np.inf)), scale)
-        with np.errstate(over="ignore"):
-            if not np.isfinite(scale * np.float32(127)).all():
-                raise NonFiniteError("a value above 3.40e38 is too large for int8; use float32")
-        raw = noise.random_raw((values.size + 1) // 2).astype("<u8").view("<u4")
-        # 32 bits of noise and a quotient of at most 127 add exactly in float64.
-        offset = raw[: values.size].reshape(values.shape).astype(np.float64) * 2.0**-32
-        divisor = np.where(scale == 0, np.float32(1), scale).astype(np.float64)
-        steps = np.floor(values / divisor[:, None] + offset).astype(np.int8)
-        return b"".join((scale.astype("<f4").tobytes(), steps.tobytes()))
-
-    def decode(self, data: memoryview, rows: int, columns: int) -> Values:
-        """Byte times the scale of its row, float32."""
-        scale = np.frombuffer(data[: 4 * rows], dtype="<f4").astype(np.float32)
-        steps = np.frombuffer(data[4 * rows :], dtype=np.int8).reshape(rows, columns)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return steps.astype(np.float32) * scale[:, None]
-
-
-CODECS: dict[Encoding, Codec] = {codec.name: codec for codec in (Float32(), BFloat16(), Int8())}
+    index: int
+    offset: int
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything lies. `modules`: name -> (offset of up, m, n)."""
+    """Where everything lies. `kept`: values in a sparse file, 0 in one that holds all of them."""
 
     spec_digest: bytes
-    modules: dict[str, tuple[int, int, int]]
+    names: frozenset[str]  # all of the spec, whether this file holds any of their parts or not
+    modules: int
+    blocks: dict[str, dict[Part, _Block]]
+    count: int  # blocks
+    kept: int
     total_bytes: int
 
 
 @lru_cache(maxsize=64)  # a merge opens the same layout once per module and participant
-def _layout(spec: AdapterSpec, k: int, encoding: Encoding) -> _Layout:
-    if not 1 <= k <= spec.rank:
+def _layout(spec: AdapterSpec, payload: Payload) -> _Layout:
+    k, codec = payload.rank, _codec(payload.encoding)
+    if k < 1:
+        raise WrongShapeError(f"an adapter of {k} rows cannot be packed; use at least one")
+    if not set(payload.parts) <= set(PARTS) or not 0 < payload.density <= 1:
         raise WrongShapeError(
-            f"{k} rows do not fit an adapter of rank {spec.rank}; use k in 1..{spec.rank}"
+            f"parts {payload.parts} at density {payload.density} cannot be packed; name some of "
+            f"{', '.join(PARTS)} and keep a share in (0, 1]"
         )
-    codec = _codec(encoding)
-    modules, offset = {}, HEADER_BYTES
+    names = [tensor.name for tensor in (*spec.modules, *spec.dense)]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise WrongShapeError(f"the spec names {twice} twice; give every tensor its own name")
+    shapes: dict[str, dict[Part, tuple[int, int]]] = {}
     for module in spec.modules:
         m, n = module.out_features, module.in_features
-        modules[module.name] = (offset, m, n)
-        offset += k * (codec.row_bytes(m) + codec.row_bytes(n))
-    return _Layout(spec.digest, modules, offset)
+        sides: dict[Part, tuple[int, int]] = {"up": (k, m), "down": (k, n), "core": (k, k)}
+        if found := {part: sides[part] for part in sides if part in payload.parts}:
+            shapes[module.name] = found
+    if "dense" in payload.parts:
+        shapes |= {t.name: {"dense": (t.out_features, t.in_features)} for t in spec.dense}
+    blocks: dict[str, dict[Part, _Block]] = {}
+    offset, values, scales, count = HEADER_BYTES, 0, 0, 0
+    bitmaps = 0
+    for name, parts in shapes.items():
+        blocks[name] = {}
+        for part, (rows, columns) in parts.items():
+            blocks[name][part] = _Block(count, offset, rows, columns)
+            offset += rows * (codec.scale_bytes + columns * codec.value_bytes)
+            values += rows * columns
+            scales += rows * codec.scale_bytes
+            bitmaps += -(-rows * columns // 8)
+            count += 1
+    if not count:
+        raise WrongShapeError(
+            f"the spec has nothing of the parts {payload.parts}; leave such a file out"
+        )
+    kept = 0
+    if payload.density < 1:
+        kept = max(1, math.ceil(payload.density * values - 1e-9))
+        offset = HEADER_BYTES + 4 * count + bitmaps + scales + kept * codec.value_bytes
+    return _Layout(spec.digest, frozenset(names), len(spec.modules), blocks, count, kept, offset)
 
 
-def packed_bytes(spec: AdapterSpec, k: int, encoding: Encoding) -> int:
-    """Exact size of a packed file of k rows per module."""
-    return _layout(spec, k, encoding).total_bytes
+def packed_bytes(spec: AdapterSpec, payload: Payload) -> int:
+    """Exact size of a packed file."""
+    return _layout(spec, payload).total_bytes
+
+
+class PackedWriter:
+    """Writes a packed file part by part into a binary stream, so that memory holds one module.
+
+    Not for sparse payloads: which values are kept depends on all of them (`pack`). `seed` alone
+    keys the rounding noise of int8: pass the assignment's own, which differs by round and device,
+    so that devices do not err alike. Its digest keys nothing, since it names the run and where the
+    base lies, and plans replayed elsewhere must give the same bits.
+    """
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        spec: AdapterSpec,
+        payload: Payload,
+        *,
+        assignment_digest: bytes = NO_ASSIGNMENT,
+        seed: int = 0,
+    ) -> None:
+        self._layout, self._codec = _layout(spec, payload), _codec(payload.encoding)
+        if self._layout.kept:
+            raise WrongShapeError("a sparse file cannot be written by parts; use pack")
+        self._stream, self._seed = stream, seed
+        self._due = [(name, part) for name, parts in self._layout.blocks.items() for part in parts]
+        self._due.reverse()
+        stream.write(_header(self._layout, payload, assignment_digest))
+
+    def write(self, name: str, parts: Mapping[Part, Values]) -> None:
+        """The next module or dense tensor of the spec; nothing, if the file holds none of it.
+
+        Raises `PackingError`.
+        """
+        if name not in self._layout.names:
+            raise WrongShapeError(f"{name} is unknown; write the tensors of the spec")
+        for part, block in self._layout.blocks.get(name, {}).items():
+            if self._due[-1:] != [(name, part)] or part not in parts:
+                raise WrongShapeError(f"{name} {part} is missing or out of turn; follow the spec")
+            values = _finite_block(parts[part], block, f"{name} {part}")
+            self._stream.write(self._codec.encode(values, _noise(self._seed, name, part)))
+            self._due.pop()
+
+    def finish(self) -> None:
+        """Raises `WrongShapeError` unless everything was written."""
+        if self._due:
+            name, part = self._due[-1]
+            raise WrongShapeError(f"{len(self._due)} parts were not written, first {name} {part}")
 
 
 def pack(
     spec: AdapterSpec,
-    k: int,
-    factors: Mapping[str, Factors],
+    payload: Payload,
+    factors: Mapping[str, Mapping[Part, Values]],
     *,
-    encoding: Encoding,
     assignment_digest: bytes = NO_ASSIGNMENT,
     seed: int = 0,
 ) -> bytes:
-    """Packs the rows of every module of the spec; `seed` alone keys the rounding noise of int8.
+    """Packs the payload's parts of every module of the spec (`PackedWriter` for `seed`).
 
-    Pass the assignment's own seed, which differs by round and device, so that devices do not err
-    alike; its digest keys nothing, since it names the run and where the base lies, and plans
-    replayed elsewhere must give the same bits.
-
-    factors: module name -> up (k, m), down (k, n). Raises `PackingError`.
+    factors: module or tensor name -> part -> values; parts that the payload does not name are
+    passed over. A sparse payload keeps the values of largest magnitude over all blocks together,
+    the first of equals. Raises `PackingError`.
     """
-    layout, codec = _layout(spec, k, encoding), _codec(encoding)
-    if len(assignment_digest) != 32:
-        raise WrongAssignmentError(
-            f"an assignment digest has 32 bytes, not {len(assignment_digest)}; "
-            f"pass Assignment.digest"
-        )
-    if factors.keys() != layout.modules.keys():
-        odd = sorted(factors.keys() ^ layout.modules.keys())
+    layout = _layout(spec, payload)
+    if missing := [name for name in layout.blocks if name not in factors]:
         raise WrongShapeError(
-            f"{len(odd)} modules are missing or unknown, first {odd[0]}; "
-            f"pack exactly the {len(layout.modules)} modules of the spec"
+            f"{len(missing)} modules are missing, first {missing[0]}; pack all of the spec"
         )
-    header = HEADER.pack(
-        MAGIC, VERSION, codec.wire_id, len(layout.modules), k, layout.spec_digest, assignment_digest
-    )
-    parts = [header]
-    for name, (_, m, n) in layout.modules.items():
-        sides = (("up", factors[name].up, m), ("down", factors[name].down, n))
-        for side, values, columns in sides:
-            block = _finite_block(values, (k, columns), f"{name} {side}")
-            noise = keyed_stream("pack", seed, side, name)
-            parts.append(codec.encode(block, noise))
-    return b"".join(parts)
+    if unknown := [name for name in factors if name not in layout.names]:
+        raise WrongShapeError(
+            f"{len(unknown)} modules are unknown, first {unknown[0]}; pack those of the spec"
+        )
+    if layout.kept:
+        return _pack_sparse(layout, payload, factors, assignment_digest, seed)
+    stream = io.BytesIO()
+    writer = PackedWriter(stream, spec, payload, assignment_digest=assignment_digest, seed=seed)
+    for name in layout.blocks:
+        writer.write(name, factors[name])
+    writer.finish()
+    return stream.getvalue()
+
+
+def _pack_sparse(
+    layout: _Layout,
+    payload: Payload,
+    factors: Mapping[str, Mapping[Part, Values]],
+    assignment_digest: bytes,
+    seed: int,
+) -> bytes:
+    codec = _codec(payload.encoding)
+    places = [(name, part) for name, parts in layout.blocks.items() for part in parts]
+    for name, part in places:
+        if part not in factors[name]:
+            raise WrongShapeError(f"{name} {part} is missing; pack what the payload names")
+    values = [
+        _finite_block(factors[name][part], layout.blocks[name][part], f"{name} {part}")
+        for name, part in places
+    ]
+    masks = _largest(values, layout.kept)
+    counts = np.array([int(mask.sum()) for mask in masks], dtype="<u4")
+    out = [_header(layout, payload, assignment_digest), counts.tobytes()]
+    for (name, part), block, mask in zip(places, values, masks, strict=True):
+        thinned = np.where(mask, block, np.float32(0))
+        coded = codec.encode(thinned, _noise(seed, name, part))
+        split = len(block) * codec.scale_bytes
+        whole = np.frombuffer(coded, dtype=f"V{codec.value_bytes}", offset=split)
+        out += [np.packbits(mask).tobytes(), coded[:split], whole[mask.ravel()].tobytes()]
+    return b"".join(out)
+
+
+def _largest(values: list[Values], kept: int) -> list[NDArray[np.bool_]]:
+    """Masks of the `kept` largest magnitudes over all blocks; the first of equals."""
+    sizes = np.concatenate([np.abs(block).ravel() for block in values])
+    threshold = np.partition(sizes, len(sizes) - kept)[len(sizes) - kept]
+    chosen = sizes > threshold
+    ties = np.flatnonzero(sizes == threshold)
+    chosen[ties[: kept - int(chosen.sum())]] = True
+    ends = np.cumsum([block.size for block in values])
+    return [
+        part.reshape(block.shape)
+        for part, block in zip(np.split(chosen, ends[:-1]), values, strict=True)
+    ]
 
 
 class PackedReader:
     """Reads a packed file module by module; header and exact size are checked on construction.
 
-    `encoding` None accepts any known encoding. Raises `PackingError`.
+    Raises `PackingError`.
     """
 
     def __init__(
         self,
         buffer: Buffer,
         spec: AdapterSpec,
-        k: int,
+        payload: Payload,
         *,
         assignment_digest: bytes = NO_ASSIGNMENT,
-        encoding: Encoding | None = None,
     ) -> None:
-        self._data = memoryview(buffer)
-        self._k = k
-        self._codec = _check_format(self._data, encoding)
-        self._layout = _layout(spec, k, self._codec.name)
-        _check_contents(self._data, self._layout, k, assignment_digest)
+        self._mapped, self._data = buffer, memoryview(buffer)
+        self._codec = _codec(payload.encoding)
+        _check_format(self._data, payload)
+        self._layout = _layout(spec, payload)
+        _check_contents(self._data, self._layout, payload, assignment_digest)
+        self._starts = self._sparse_starts() if self._layout.kept else []
 
     @property
-    def encoding(self) -> Encoding:
-        """How the values inside are encoded."""
-        return self._codec.name
+    def names(self) -> tuple[str, ...]:
+        """Modules and dense tensors in the file, in order."""
+        return tuple(self._layout.blocks)
 
-    def module(self, name: str) -> Factors:
-        """Decodes one module into fresh arrays. Raises `WrongSpecError`, `NonFiniteError`."""
-        if name not in self._layout.modules:
-            raise WrongSpecError(f"{name} is not a module of this run; use the names of its spec")
-        offset, m, n = self._layout.modules[name]
-        middle = offset + self._k * self._codec.row_bytes(m)
-        return Factors(up=self._block(offset, m, name), down=self._block(middle, n, name))
+    def module(self, name: str) -> Parts:
+        """Decodes one module or dense tensor; arrays may be read-only views of the file.
 
-    def _block(self, offset: int, columns: int, name: str) -> Values:
-        end = offset + self._k * self._codec.row_bytes(columns)
-        values = self._codec.decode(self._data[offset:end], self._k, columns)
-        if not np.isfinite(values).all():
-            raise NonFiniteError(
-                f"{name} holds NaN or infinite values after decoding; training diverged or the "
-                f"file is damaged, discard it and train again"
-            )
-        return values
+        Raises `WrongSpecError`, `NonFiniteError`.
+        """
+        return self.measured(name)[0]
+
+    def measured(self, name: str) -> tuple[Parts, float]:
+        """`module`, and the sum of its squared values, summed in float32 blocks."""
+        if name not in self._layout.blocks:
+            raise WrongSpecError(f"{name} is not in this file; use the names of its spec")
+        parts, energy = {}, 0.0
+        for part, block in self._layout.blocks[name].items():
+            parts[part] = self._block(block)
+            energy += squares(parts[part])
+        if not math.isfinite(energy):  # squares may also have overflowed
+            for part, values in parts.items():
+                if not np.isfinite(values).all():
+                    raise NonFiniteError(
+                        f"{name} {part} holds NaN or infinite values after decoding; training "
+                        f"diverged or the file is damaged, discard it and train again"
+                    )
+        return parts, energy
+
+    def release(self, name: str) -> None:
+        """Lets go of the memory behind a mapped module; it is read again when asked for again."""
+        blocks = self._layout.blocks.get(name)
+        if not isinstance(self._mapped, mmap.mmap) or not blocks or self._layout.kept:
+            return
+        first, last = (
+            min(b.offset for b in blocks.values()),
+            max(
+                b.offset + b.rows * (self._codec.scale_bytes + b.columns * self._codec.value_bytes)
+                for b in blocks.values()
+            ),
+        )
+        start = first - first % mmap.PAGESIZE
+        self._mapped.madvise(mmap.MADV_DONTNEED, start, last - start)
+
+    def _sparse_starts(self) -> list[int]:
+        """Where each block begins, from the counts. Raises `WrongSizeError`."""
+        layout, codec = self._layout, self._codec
+        counts = np.frombuffer(self._data, "<u4", layout.count, HEADER_BYTES).astype(np.int64)
+        if int(counts.sum()) != layout.kept:
+            raise WrongSizeError("the counts of kept values do not add up; send the file again")
+        starts, offset = [], HEADER_BYTES + 4 * layout.count
+        for parts in layout.blocks.values():
+            for block in parts.values():
+                starts.append(offset)
+                offset += -(-block.rows * block.columns // 8) + block.rows * codec.scale_bytes
+                offset += int(counts[block.index]) * codec.value_bytes
+        return starts
+
+    def _block(self, block: _Block) -> Values:
+        codec = self._codec
+        if self._layout.kept:
+            data = self._expanded(block)
+        else:
+            size = block.rows * (codec.scale_bytes + block.columns * codec.value_bytes)
+            data = self._data[block.offset : block.offset + size]
+        return codec.decode(data, block.rows, block.columns)
+
+    def _expanded(self, block: _Block) -> memoryview:
+        """The bytes of a sparse block as if nothing had been left out."""
+        codec, size = self._codec, block.rows * block.columns
+        start = self._starts[block.index]
+        scales = start + -(-size // 8)
+        kept = scales + block.rows * codec.scale_bytes
+        bits = np.unpackbits(np.frombuffer(self._data[start:scales], np.uint8))
+        mask = bits[:size]
+        count = int(np.frombuffer(self._data, "<u4", 1, HEADER_BYTES + 4 * block.index)[0])
+        if int(mask.sum()) != count or bits[size:].any():
+            raise WrongSizeError("a bitmap and its count of kept values differ; send it again")
+        whole = bytearray(kept - scales + size * codec.value_bytes)
+        whole[: kept - scales] = self._data[scales:kept]
+        values = np.frombuffer(whole, f"V{codec.value_bytes}", offset=kept - scales)
+        end = kept + count * codec.value_bytes
+        values[mask.view(np.bool_)] = np.frombuffer(self._data[kept:end], values.dtype)
+        return memoryview(whole)
 
 
 def open_packed(
-    path: Path,
-    spec: AdapterSpec,
-    k: int,
-    *,
-    assignment_digest: bytes = NO_ASSIGNMENT,
-    encoding: Encoding | None = None,
+    path: Path, spec: AdapterSpec, payload: Payload, *, assignment_digest: bytes = NO_ASSIGNMENT
 ) -> PackedReader:
     """Maps a packed file into memory; the map lives as long as the reader.
 
@@ -313,20 +406,35 @@ def open_packed(
     with path.open("rb") as stream:
         empty = stream.seek(0, 2) == 0  # an empty file cannot be mapped
         buffer = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return PackedReader(buffer, spec, k, assignment_digest=assignment_digest, encoding=encoding)
+    return PackedReader(buffer, spec, payload, assignment_digest=assignment_digest)
 
 
 def unpack(
-    buffer: Buffer,
-    spec: AdapterSpec,
-    k: int,
-    *,
-    assignment_digest: bytes = NO_ASSIGNMENT,
-    encoding: Encoding | None = None,
-) -> dict[str, Factors]:
-    """Every module of a packed file, decoded. Raises `PackingError`."""
-    reader = PackedReader(buffer, spec, k, assignment_digest=assignment_digest, encoding=encoding)
-    return {module.name: reader.module(module.name) for module in spec.modules}
+    buffer: Buffer, spec: AdapterSpec, payload: Payload, *, assignment_digest: bytes = NO_ASSIGNMENT
+) -> dict[str, Parts]:
+    """Everything in a packed file, decoded, by module or tensor. Raises `PackingError`."""
+    reader = PackedReader(buffer, spec, payload, assignment_digest=assignment_digest)
+    return {name: reader.module(name) for name in reader.names}
+
+
+def _header(layout: _Layout, payload: Payload, assignment_digest: bytes) -> bytes:
+    if len(assignment_digest) != 32:
+        raise WrongAssignmentError(
+            f"an assignment digest has 32 bytes, not {len(assignment_digest)}; "
+            f"pass Assignment.digest"
+        )
+    return HEADER.pack(
+        MAGIC, VERSION, _codec(payload.encoding).wire_id, _part_bits(payload), 0, layout.modules,
+        payload.rank, layout.kept, layout.spec_digest, assignment_digest,
+    )  # fmt: skip
+
+
+def _part_bits(payload: Payload) -> int:
+    return sum(1 << PARTS.index(part) for part in set(payload.parts))
+
+
+def _noise(seed: int, name: str, part: Part) -> np.random.Philox:
+    return keyed_stream("pack", seed, part, name)
 
 
 def _codec(encoding: Encoding) -> Codec:
@@ -335,24 +443,25 @@ def _codec(encoding: Encoding) -> Codec:
     return CODECS[encoding]
 
 
-def _finite_block(values: Values, shape: tuple[int, int], what: str) -> Values:
+def _finite_block(values: Values, block: _Block, what: str) -> Values:
+    shape = (block.rows, block.columns)
     if values.shape != shape:
         raise WrongShapeError(
             f"{what} has shape {values.shape}, the spec and k ask for {shape}; "
             f"rows come first, pass (k, features)"
         )
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused
-        block = np.ascontiguousarray(values, dtype=np.float32)
-    if not np.isfinite(block).all():
+        found = np.ascontiguousarray(values, dtype=np.float32)
+    if not all_finite(found):
         raise NonFiniteError(
             f"{what} holds NaN or infinite values; only finite factors are packed, lower the "
             f"learning rate and train again"
         )
-    return block
+    return found
 
 
-def _check_format(data: memoryview, expected: Encoding | None) -> Codec:
-    """Checks magic, version and encoding; answers the codec."""
+def _check_format(data: memoryview, payload: Payload) -> None:
+    """Checks magic, version and encoding."""
     if data.nbytes < HEADER_BYTES:
         raise WrongSizeError(
             f"{data.nbytes} bytes are fewer than the header's {HEADER_BYTES}; fetch the file again"
@@ -370,37 +479,45 @@ def _check_format(data: memoryview, expected: Encoding | None) -> Codec:
     codec = next((c for c in CODECS.values() if c.wire_id == wire_id), None)
     if codec is None:
         raise WrongEncodingError(f"encoding id {wire_id} is unknown; use {', '.join(CODECS)}")
-    if expected is not None and codec.name != expected:
+    if codec.name != payload.encoding:
         raise WrongEncodingError(
-            f"values are {codec.name}, {expected} was agreed on; pack with the assigned encoding"
+            f"values are {codec.name}, {payload.encoding} was agreed on; pack with the assigned "
+            "encoding"
         )
-    return codec
 
 
-def _check_contents(data: memoryview, layout: _Layout, k: int, assignment_digest: bytes) -> None:
+def _check_contents(
+    data: memoryview, layout: _Layout, payload: Payload, assignment_digest: bytes
+) -> None:
     """Checks digests, counts and the exact size."""
-    _, _, _, modules, rows, spec_digest, assignment = HEADER.unpack_from(data)
+    _, _, _, parts, zero, modules, rows, kept, spec_digest, assignment = HEADER.unpack_from(data)
     if spec_digest != layout.spec_digest:
         raise WrongSpecError(
             f"packed for adapter spec {spec_digest.hex()[:12]}, this run's is "
             f"{layout.spec_digest.hex()[:12]}; enrol the device in this run again"
         )
-    if modules != len(layout.modules):
+    if modules != layout.modules:
         raise WrongSpecError(
-            f"header counts {modules} modules, the spec has {len(layout.modules)}; fetch again"
+            f"header counts {modules} modules, the spec has {layout.modules}; fetch again"
         )
     if assignment != assignment_digest:
         raise WrongAssignmentError(
             f"answers assignment {assignment.hex()[:12]}, expected {assignment_digest.hex()[:12]}; "
             f"send each update with the assignment it was trained for"
         )
-    if rows != k:
+    if parts != _part_bits(payload) or zero:
+        raise WrongFormatError(
+            f"holds other parts than {', '.join(payload.parts)}; bring agent and coordinator to "
+            "the same release"
+        )
+    if (rows, kept) != (payload.rank, layout.kept):
         raise WrongSizeError(
-            f"holds {rows} rows per module, the assignment allows {k}; agent and coordinator "
-            f"disagree about k, run `sketchfleet-agent doctor`"
+            f"holds {rows} rows per module and {kept} kept values, the assignment allows "
+            f"{payload.rank} and {layout.kept}; agent and coordinator disagree about it, restart "
+            "the agent"
         )
     if data.nbytes != layout.total_bytes:
         raise WrongSizeError(
-            f"has {data.nbytes} bytes where {k} rows take exactly {layout.total_bytes}; the "
-            f"transfer was cut or the file is damaged, send it again"
+            f"has {data.nbytes} bytes where {payload.rank} rows take exactly "
+            f"{layout.total_bytes}; the transfer was cut or the file is damaged, send it again"
         )

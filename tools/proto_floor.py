@@ -25,11 +25,11 @@ def main() -> int:
             modules=[fleet_pb2.ModuleShape(name="q_proj", out_features=64, in_features=64)],
         ),
         assignment=fleet_pb2.Assignment(
-            round=3, checkpointing=True, slice=fleet_pb2.BlobRef(digest="d", size_bytes=2**40)
+            round=3, checkpointing=True, slice=[fleet_pb2.BlobRef(digest="d", size_bytes=2**40)]
         ),
     )
     received = fleet_pb2.NextTaskResponse.FromString(sent.SerializeToString(deterministic=True))
-    if received != sent or received.assignment.HasField("global_adapter"):
+    if received != sent or received.assignment.HasField("global_side"):
         print("a message did not survive its round trip", file=sys.stderr)
         return 1
     with grpc.insecure_channel("127.0.0.1:9") as channel:  # never connected

@@ -178,3 +178,40 @@ def test_evaluate_only_work_costs_no_training() -> None:
     assert cost.train_s == 0
     assert cost.evaluate_s == pytest.approx(4 * 1024 / 1000)
     assert cost.down_bytes == asked.global_bytes
+
+
+def test_a_frozen_branch_is_held_and_passed_through_but_not_trained() -> None:
+    c, rows = 1_154_048, 64
+    for asked in (work(), work(local_steps=0, evaluates_global=True)):
+        beside = replace(asked, side_rank=rows)
+        more = peak_gib(QWEN_15, beside) - peak_gib(QWEN_15, asked)
+        assert more == pytest.approx(1.07 * 4 * rows * c / GIB, rel=1e-3)
+    for checkpointing, passes in ((False, 4), (True, 6)):
+        asked = work(checkpointing=checkpointing)
+        more = train_flops_per_token(QWEN_15, replace(asked, side_rank=rows))
+        more -= train_flops_per_token(QWEN_15, asked)
+        assert more == pytest.approx(passes * rows * c)
+        trained = train_flops_per_token(QWEN_15, replace(asked, rank=asked.rank + rows))
+        assert more < trained - train_flops_per_token(QWEN_15, asked)
+
+
+def test_tensors_trained_whole_take_their_gradients_and_moments() -> None:
+    head = 151936 * 1536
+    more = peak_gib(QWEN_15, work(dense_parameters=head)) - peak_gib(QWEN_15, work())
+    assert more == pytest.approx(1.07 * 16 * head / GIB, rel=1e-3)
+    measuring = work(local_steps=0, evaluates_global=True)
+    assert peak_gib(QWEN_15, replace(measuring, dense_parameters=head)) == peak_gib(
+        QWEN_15, measuring
+    )
+
+
+def test_a_measurement_was_made_without_branch_or_dense_tensors() -> None:
+    """What a device showed with the plain adapter corrects the prediction of anything else."""
+    probe = work(checkpointing=False)
+    plain = peak_memory_bytes(QWEN_15, probe, baseline_bytes=GIB // 2, on_gpu=False)
+    seen = device(compute=measured(peak_bytes=int(1.2 * plain)))
+    asked = replace(probe, side_rank=64, dense_parameters=10**7)
+    predicted = peak_memory_bytes(QWEN_15, asked, baseline_bytes=GIB // 2, on_gpu=False)
+    assert device_peak_bytes(QWEN_15, seen, asked) == pytest.approx(1.2 * predicted, rel=1e-6)
+    slower = round_seconds(QWEN_15, seen, asked).train_s
+    assert slower > round_seconds(QWEN_15, seen, probe).train_s

@@ -1,8 +1,15 @@
-"""Model shapes count what the published models have."""
+"""Model shapes count what the published models have; weights are found where they lie."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from profiles.model import ModelError, ModelShape
+from profiles.model import ModelError, ModelShape, ModuleShape, base_tensor, dense_tensors
 
 # name: (config, parameters in millions, linear parameters in millions, c all-linear, c of q and v)
 PUBLISHED = {
@@ -70,3 +77,93 @@ def test_unknown_targets_and_architectures_are_named() -> None:
         ModelShape.from_config({"model_type": "bert"})
     with pytest.raises(ModelError, match="lacks a usable 'num_attention_heads'"):
         ModelShape.from_config({"model_type": "llama"})
+
+
+# --- tensors of a base --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base in two files, as large ones are; its output head is tied."""
+    first = {
+        "model.norm.weight": np.arange(4, dtype=np.float32),
+        "model.layers.0.q_proj.weight": np.arange(8, dtype=np.float16).reshape(4, 2) / 8,
+        "model.layers.0.q_proj.bias": np.arange(4, dtype=np.float32),
+    }
+    save_file(first, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
+    second = {
+        "model.embed_tokens.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "model.conv.weight": np.zeros((2, 2, 2), np.float32),
+        "model.codes.weight": np.zeros((2, 2), np.int8),
+    }
+    save_file(second, tmp_path / "model-2.safetensors")
+    return tmp_path
+
+
+def test_a_named_module_stands_for_all_its_weights(base: Path) -> None:
+    names = ("model.embed_tokens", "model.norm", "model.layers.0.q_proj")
+    assert dense_tensors(base, names) == (
+        ModuleShape("model.embed_tokens.weight", 3, 4),
+        ModuleShape("model.norm.weight", 1, 4),
+        ModuleShape("model.layers.0.q_proj.bias", 1, 4),
+        ModuleShape("model.layers.0.q_proj.weight", 4, 2),
+    )
+    assert dense_tensors(base, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("lm_head", "names 'lm_head', which has no weights of its own .* tied to the embeddings"),
+        ("model.nor", "names 'model.nor', which has no weights"),
+        ("model.norm.weight", "names 'model.norm.weight', which has no weights"),
+        ("model.conv", r"model\.conv\.weight has shape \[2, 2, 2\]; only vectors and matrices"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole_are_named(
+    base: Path, name: str, sentence: str
+) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        dense_tensors(base, (name,))
+
+
+def test_a_weight_is_read_in_float32_and_its_own_shape(base: Path) -> None:
+    norm = base_tensor(base, "model.norm.weight")
+    assert norm.dtype == np.float32 and norm.tolist() == [0, 1, 2, 3]
+    half = base_tensor(base, "model.layers.0.q_proj.weight")
+    assert half.dtype == np.float32 and half.tolist() == [[0, 0.125], [0.25, 0.375],
+                                                          [0.5, 0.625], [0.75, 0.875]]  # fmt: skip
+    assert base_tensor(base, "model.embed_tokens.weight").shape == (3, 4)
+
+
+def test_bfloat16_weights_are_read_exactly(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_torch({"x.weight": weights}, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(base_tensor(tmp_path, "x.weight"), weights.float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("model.codes.weight", r"model\.codes\.weight is I8; only F32, F16 and BF16"),
+        ("model.gone.weight", "holds no tensor model.gone.weight; is it the run's base"),
+    ],
+)
+def test_a_weight_that_cannot_be_read_is_named(base: Path, name: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        base_tensor(base, name)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no tensors", b"\x02" + bytes(7) + b"[]", (2**60).to_bytes(8, "little") + b"{}"],
+    ids=["empty", "text", "a list", "a huge header"],
+)  # fmt: skip
+def test_a_file_that_holds_no_tensors_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    calls: list[Any] = [lambda: dense_tensors(tmp_path, ("x",)), lambda: base_tensor(tmp_path, "x")]
+    for call in calls:
+        with pytest.raises(ModelError, match=r"model\.safetensors is no safetensors file"):
+            call()

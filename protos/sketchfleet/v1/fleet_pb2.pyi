@@ -123,7 +123,7 @@ class ModuleShape(_message.Message):
     def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., in_features: _Optional[int] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
-    __slots__ = ("run_id", "base", "base_revision", "base_digest", "rank", "alpha", "use_rslora", "seed", "modules")
+    __slots__ = ("run_id", "base", "base_revision", "base_digest", "rank", "alpha", "use_rslora", "seed", "modules", "dense")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     BASE_REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class AdapterSpec(_message.Message):
     USE_RSLORA_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     base: str
     base_revision: str
@@ -142,20 +143,49 @@ class AdapterSpec(_message.Message):
     use_rslora: bool
     seed: int
     modules: _containers.RepeatedCompositeFieldContainer[ModuleShape]
-    def __init__(self, run_id: _Optional[str] = ..., base: _Optional[str] = ..., base_revision: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: bool = ..., seed: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ...) -> None: ...
+    dense: _containers.RepeatedCompositeFieldContainer[ModuleShape]
+    def __init__(self, run_id: _Optional[str] = ..., base: _Optional[str] = ..., base_revision: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: bool = ..., seed: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ...) -> None: ...
+
+class Payload(_message.Message):
+    __slots__ = ("rank", "encoding", "parts", "density")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    encoding: str
+    parts: _containers.RepeatedScalarFieldContainer[str]
+    density: float
+    def __init__(self, rank: _Optional[int] = ..., encoding: _Optional[str] = ..., parts: _Optional[_Iterable[str]] = ..., density: _Optional[float] = ...) -> None: ...
 
 class BlobRef(_message.Message):
-    __slots__ = ("digest", "size_bytes", "encoding")
+    __slots__ = ("digest", "size_bytes", "payload")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     digest: str
     size_bytes: int
-    encoding: str
-    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., encoding: _Optional[str] = ...) -> None: ...
+    payload: Payload
+    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+
+class Objective(_message.Message):
+    __slots__ = ("ceiling", "margin")
+    CEILING_FIELD_NUMBER: _ClassVar[int]
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
+    ceiling: float
+    margin: float
+    def __init__(self, ceiling: _Optional[float] = ..., margin: _Optional[float] = ...) -> None: ...
+
+class Pruning(_message.Message):
+    __slots__ = ("keep", "penalty")
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    PENALTY_FIELD_NUMBER: _ClassVar[int]
+    keep: float
+    penalty: float
+    def __init__(self, keep: _Optional[float] = ..., penalty: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update_encoding", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason")
+    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -171,7 +201,7 @@ class Assignment(_message.Message):
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
-    UPDATE_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     HELD_OUT_SHARE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +209,19 @@ class Assignment(_message.Message):
     GLOBAL_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_STATE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FEEDBACK_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    EVALUATES_GLOBAL_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_SIDE_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    PRUNING_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_BASIS_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     run_id: str
     round: int
@@ -194,15 +237,28 @@ class Assignment(_message.Message):
     local_steps: int
     learning_rate: float
     optimizer: str
-    update_encoding: str
+    update: Payload
     evaluation_sequences: int
     held_out_share: float
     seed: int
-    slice: BlobRef
-    global_adapter: BlobRef
+    slice: _containers.RepeatedCompositeFieldContainer[BlobRef]
+    global_adapter: _containers.RepeatedCompositeFieldContainer[BlobRef]
     deadline_s: float
     reason: str
-    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update_encoding: _Optional[str] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Union[BlobRef, _Mapping]] = ..., global_adapter: _Optional[_Union[BlobRef, _Mapping]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    rows: str
+    alpha: float
+    trained: _containers.RepeatedScalarFieldContainer[str]
+    personal: _containers.RepeatedScalarFieldContainer[str]
+    keeps_state: bool
+    error_feedback: bool
+    fresh: bool
+    evaluates_global: bool
+    side: BlobRef
+    global_side: BlobRef
+    objective: Objective
+    pruning: Pruning
+    keeps_basis: bool
+    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ...) -> None: ...
 
 class NextTaskRequest(_message.Message):
     __slots__ = ("profile", "wait_s", "working_on")
@@ -271,7 +327,7 @@ class Evaluation(_message.Message):
     def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class LocalReport(_message.Message):
-    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language")
+    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language", "kept_rank")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +345,7 @@ class LocalReport(_message.Message):
     PUSHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESUMES_FIELD_NUMBER: _ClassVar[int]
     MAIN_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_RANK_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     outcome: str
     message: str
@@ -306,7 +363,8 @@ class LocalReport(_message.Message):
     pushed_bytes: int
     resumes: int
     main_language: str
-    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ...) -> None: ...
+    kept_rank: int
+    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ..., kept_rank: _Optional[int] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("report",)
