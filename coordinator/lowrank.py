@@ -2,31 +2,38 @@
 
 Component j is row j of both factors, so cutting a sketch is a row gather and merging it a row
 scatter; nothing here builds an (m, n) matrix except `dense`, which is for tests. Factors are
-float32, sums and small cores float64. It does not know devices, rounds or weights of clients.
+float32, sums and small cores float64. It does not know devices, rounds or weights of clients;
+the best approximation of lower rank is in `truncation`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from profiles.errors import SketchfleetError
-from protos.contract import AdapterSpec
 from protos.sketch import keyed_stream
 
 Rows = NDArray[np.int64]
 Matrix32 = NDArray[np.float32]
 Matrix64 = NDArray[np.float64]
 
+SCRATCH = 1 << 15  # float64 values scaled at once: 256 KiB, so the passes over them meet in cache
+SCRATCH_SINGLE = 1 << 17  # float32 values scaled at once: 512 KiB
+NARROW = 1024  # columns below which one indexed addition beats a loop over its rows
+GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices
 COLUMN_BLOCK = 256  # columns of the product held at once where Gram matrices would be larger
+EXACT_FLOPS = 4e9  # beyond this an error is estimated; about 60 ms on two cores
+PROBES = 32  # random vectors of an estimate; its relative deviation is below sqrt(2 / PROBES)
 
 
 class LowRankError(SketchfleetError):
-    """Bundles or rows that do not fit together."""
+    """Bundles, rows or scales that do not fit together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,31 +72,26 @@ class Bundle:
         down[rows] += np.asarray(delta_down, dtype=np.float64)
         return Bundle(up.astype(np.float32), down.astype(np.float32), self.scale)
 
-    def truncate(self, rank: int, *, scale: float = 1.0) -> Bundle:
-        """The best approximation of this product with `rank` components, at the given scale.
+    def at_scale(self, scale: float) -> Bundle:
+        """The same product under another scale; the ratio of scales goes to `up` only.
 
-        Thin QR of both sides, then the SVD of a core no larger than (min(m, R), min(n, R))
-        (FlexLoRA, arXiv 2402.11505, without its dense product). Singular values are split evenly,
-        the largest entry of each left vector is positive, zeros pad when `rank` exceeds what
-        there is. Raises `LowRankError` unless rank >= 1 and scale > 0.
+        Itself if the scale is its own. Raises `LowRankError` unless `scale` is positive and finite.
         """
-        if rank < 1 or not scale > 0:
-            raise LowRankError(f"cannot truncate to rank {rank} at scale {scale}; both exceed 0")
-        q_up, r_up = np.linalg.qr(self.up.T.astype(np.float64) * self.scale)
-        q_down, r_down = np.linalg.qr(self.down.T.astype(np.float64))
-        left, values, right = np.linalg.svd(r_up @ r_down.T, full_matrices=False)
-        kept = min(rank, len(values))
-        root = np.sqrt(values[:kept] / scale)[:, None]
-        up = (q_up @ left[:, :kept]).T  # (kept, m)
-        down = right[:kept] @ q_down.T  # (kept, n)
-        peak = np.take_along_axis(up, np.abs(up).argmax(axis=1)[:, None], axis=1)
-        sign = np.where(peak < 0, -1.0, 1.0)
-        padding = ((0, rank - kept), (0, 0))
-        return Bundle(
-            np.pad(sign * root * up, padding).astype(np.float32),
-            np.pad(sign * root * down, padding).astype(np.float32),
-            scale,
-        )
+        if not (scale > 0 and math.isfinite(scale)):
+            raise LowRankError(f"scale {scale} is not a positive finite number; use alpha / r")
+        if scale == self.scale:
+            return self
+        up = np.empty(self.up.shape, dtype=np.float32)
+        for part, block in _scaled(self.up, self.scale / scale):
+            up[part] = block
+        return Bundle(up, self.down, scale)
+
+    def apply(self, vectors: Matrix32) -> Matrix32:
+        """Each row x of `vectors` (q, n) as dW x: (q, m). All in float32, without forming dW."""
+        coefficients: Matrix32 = vectors @ self.down.T
+        coefficients *= self.scale
+        product: Matrix32 = coefficients @ self.up
+        return product
 
     def dense(self) -> Matrix64:
         """The product (m, n) float64. For tests."""
@@ -97,17 +99,70 @@ class Bundle:
         return self.scale * product
 
 
+@dataclass(frozen=True)
+class ErrorEnergy:
+    """Squared Frobenius norms: `off` of ideal minus result, `target` of the ideal.
+
+    exact: False if both are unbiased estimates.
+    """
+
+    off: float
+    target: float
+    exact: bool
+
+
+def add_rows(total: Matrix32 | Matrix64, rows: Rows, factor: float, values: Matrix32) -> None:
+    """Adds factor * values (k, w) to `rows` (k,) of `total` (., w) in place.
+
+    Rows are distinct and sorted. Every value is multiplied and then added in the precision of
+    `total`, so the bits do not depend on how rows lie.
+    """
+    if not len(rows):
+        return
+    first, narrow = int(rows[0]), total.shape[1] < NARROW
+    together = int(rows[-1]) - first + 1 == len(rows)
+    scaled: Iterator[tuple[slice, Any]]
+    single = total.dtype == np.float32
+    scaled = _scaled_single(values, factor) if single else _scaled(values, factor)
+    for part, block in scaled:
+        if together:
+            target = total[first + part.start : first + part.stop]
+            target += block
+        elif narrow:
+            total[rows[part]] += block
+        else:  # a gather and a scatter would each pass through memory once more
+            for row, start, stop in _runs(rows[part].tolist()):
+                target = total[row : row + stop - start]
+                target += block[start:stop]
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first row, start, stop) of the stretches of `rows` that lie together."""
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
+            yield rows[start], start, stop
+            start = stop
+
+
 def stack(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
     """sum_i w_i s_i up_i' down_i as one bundle of sum r_i components and scale 1.
 
     Weight and scale go to the up side only; on both they would act squared. This is the ideal
-    update of a round (FLoRA, arXiv 2409.05976).
+    update of a round (FLoRA, arXiv 2409.05976). Raises `LowRankError` if there is no bundle.
     """
-    up = [
-        (weight * bundle.scale * bundle.up.astype(np.float64)).astype(np.float32)
-        for bundle, weight in zip(bundles, weights, strict=True)
-    ]
-    return Bundle(np.concatenate(up), np.concatenate([b.down for b in bundles]), 1.0)
+    if not bundles:
+        raise LowRankError("there is no bundle to stack; a round needs at least one update")
+    rank = sum(bundle.rank for bundle in bundles)
+    up = np.empty((rank, bundles[0].up.shape[1]), dtype=np.float32)
+    down = np.empty((rank, bundles[0].down.shape[1]), dtype=np.float32)
+    start = 0
+    for bundle, weight in zip(bundles, weights, strict=True):
+        down[start : start + bundle.rank] = bundle.down
+        for part, block in _scaled(bundle.up, weight * bundle.scale):
+            up[start + part.start : start + part.stop] = block
+        start += bundle.rank
+    return Bundle(up, down, 1.0)
 
 
 def gram(a: Bundle, b: Bundle) -> tuple[Matrix64, Matrix64]:
@@ -117,40 +172,118 @@ def gram(a: Bundle, b: Bundle) -> tuple[Matrix64, Matrix64]:
     return up, down
 
 
+def gram_blocks(*bundles: Bundle) -> tuple[Matrix64, Matrix64]:
+    """All inner products of components of the stack of `bundles`: (R, R) of up and of down.
+
+    Scales are left out. Same bits as of one stacked bundle, at half the flops of `gram`.
+    """
+    return _self_gram([b.up for b in bundles]), _self_gram([b.down for b in bundles])
+
+
 def inner(a: Bundle, b: Bundle) -> float:
     """Frobenius inner product of two updates, through (r_a, r_b) matrices."""
     up, down = gram(a, b)
-    return a.scale * b.scale * float(np.sum(up * down))
+    return a.scale * b.scale * float(np.vdot(up, down))
 
 
 def norm(bundle: Bundle) -> float:
     """Frobenius norm of an update, through Gram matrices or, when cheaper, blocks of columns."""
     m, n = bundle.up.shape[1], bundle.down.shape[1]
-    if bundle.rank * (m + n) <= m * n:
-        return math.sqrt(max(inner(bundle, bundle), 0.0))  # rounding may leave a tiny negative
-    up = bundle.up.T.astype(np.float64)
-    blocks = (bundle.down[:, start : start + COLUMN_BLOCK] for start in range(0, n, COLUMN_BLOCK))
-    energy = sum(float(np.square(up @ block.astype(np.float64)).sum()) for block in blocks)
-    return abs(bundle.scale) * math.sqrt(energy)
+    if bundle.rank * (m + n) <= 2 * m * n:
+        energy = float(np.vdot(*gram_blocks(bundle)))
+        return abs(bundle.scale) * math.sqrt(max(energy, 0.0))  # rounding may leave a tiny negative
+    energy = sum(float(np.vdot(block, block)) for block in _dense_blocks(bundle))
+    return math.sqrt(energy)
 
 
-def initial_adapter(spec: AdapterSpec) -> dict[str, Bundle]:
-    """The adapter of round 0, by module name: down ~ U(-1/sqrt(n), 1/sqrt(n)), up = 0.
+def error_energy(ideal: Bundle, result: Bundle, *, exact: bool | None = None) -> ErrorEnergy:
+    """How far `result` is from `ideal`, as energies; the relative error is sqrt(off / target).
 
-    PEFT's own start (Kaiming uniform with a = sqrt 5), reproducible from the spec's seed.
+    Exact through Gram matrices or blocks of columns, whichever is cheaper, up to `EXACT_FLOPS`;
+    beyond, or with exact=False, by random probes at about the cost of reading both bundles
+    (Hutchinson's estimator, arXiv 2010.09649). The Gram matrices of R components leave rounding
+    of about 1e-16 R ||up||^2 ||down||^2 in `off`.
     """
-    return {
-        module.name: Bundle(
-            up=np.zeros((spec.rank, module.out_features), dtype=np.float32),
-            down=_uniform(spec.seed, module.name, (spec.rank, module.in_features)),
-            scale=spec.scale(spec.rank),
-        )
-        for module in spec.modules
-    }
+    (_, m), (_, n) = ideal.up.shape, ideal.down.shape
+    rank = ideal.rank + result.rank
+    by_gram, by_columns = rank**2 * (m + n), 2 * rank * m * n
+    if exact is None:
+        exact = min(by_gram, by_columns) <= EXACT_FLOPS
+    if not exact:
+        return _probe(ideal, result, 0)
+    if by_gram <= by_columns:
+        up, down = gram_blocks(ideal, result)
+        products = up * down
+        scales = np.repeat([ideal.scale, -result.scale], [ideal.rank, result.rank])
+        own = products[: ideal.rank, : ideal.rank]
+        off, target = float(scales @ products @ scales), ideal.scale**2 * float(own.sum())
+        return ErrorEnergy(max(off, 0.0), max(target, 0.0), True)
+    off = target = 0.0
+    for want, got in zip(_dense_blocks(ideal), _dense_blocks(result), strict=True):
+        target += float(np.vdot(want, want))
+        missed = want - got
+        off += float(np.vdot(missed, missed))
+    return ErrorEnergy(off, target, True)
 
 
-def _uniform(seed: int, module: str, shape: tuple[int, int]) -> Matrix32:
-    raw = keyed_stream("initial", seed, module).random_raw(shape[0] * shape[1])
-    unit = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
-    drawn: Matrix64 = (2.0 * unit - 1.0) / math.sqrt(shape[1])
-    return drawn.reshape(shape).astype(np.float32)
+def random_signs(shape: tuple[int, int], purpose: str, *key: int | str) -> Matrix32:
+    """A (q, n) float32 matrix of +1 and -1 that depends on its shape and key alone."""
+    count = shape[0] * shape[1]
+    raw = keyed_stream(purpose, *key).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(raw.view(np.uint8), count=count).reshape(shape)
+    return 2 * bits.astype(np.float32) - 1
+
+
+def _probe(ideal: Bundle, result: Bundle, seed: int) -> ErrorEnergy:
+    """E ||dW x||^2 = ||dW||^2 for random signs x; both energies see the same x."""
+    probes = random_signs((PROBES, ideal.down.shape[1]), "error probes", seed)
+    want, got = ideal.apply(probes).astype(np.float64), result.apply(probes)
+    target = float(np.vdot(want, want)) / PROBES
+    want -= got
+    return ErrorEnergy(float(np.vdot(want, want)) / PROBES, target, False)
+
+
+def _scaled(values: Matrix32, factor: float) -> Iterator[tuple[slice, Matrix64]]:
+    """The product factor * values in float64, some rows at a time, in one buffer."""
+    width = values.shape[1]
+    step = max(1, SCRATCH // max(1, width))
+    scratch = np.empty((min(step, len(values)), width))
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        block = scratch[: len(part)]
+        np.copyto(block, part)  # a plain conversion; a product of mixed types is twice as slow
+        block *= factor
+        yield slice(start, start + len(part)), block
+
+
+def _scaled_single(values: Matrix32, factor: float) -> Iterator[tuple[slice, Matrix32]]:
+    """The product factor * values in float32, some rows at a time, in one buffer."""
+    width = values.shape[1]
+    step = max(1, SCRATCH_SINGLE // max(1, width))
+    scratch = np.empty((min(step, len(values)), width), np.float32)
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        block = np.multiply(part, np.float32(factor), out=scratch[: len(part)])
+        yield slice(start, start + len(part)), block
+
+
+def _self_gram(parts: Sequence[Matrix32]) -> Matrix64:
+    """Inner products (R, R) of the rows of all parts, without putting them into one array."""
+    rank, width = sum(map(len, parts)), parts[0].shape[1]
+    total, share = np.zeros((rank, rank)), np.empty((rank, rank))
+    scratch = np.empty((rank, min(width, GRAM_COLUMNS)))
+    for start in range(0, width, GRAM_COLUMNS):
+        block = scratch[:, : min(GRAM_COLUMNS, width - start)]
+        blocks = [part[:, start : start + GRAM_COLUMNS] for part in parts]
+        np.concatenate(blocks, out=block)
+        total += np.matmul(block, block.T, out=share)  # BLAS computes one triangle of x x' only
+    return total
+
+
+def _dense_blocks(bundle: Bundle) -> Iterator[Matrix64]:
+    """The product, `COLUMN_BLOCK` columns at a time."""
+    up = bundle.up.T.astype(np.float64)
+    up *= bundle.scale
+    for start in range(0, bundle.down.shape[1], COLUMN_BLOCK):
+        product: Matrix64 = up @ bundle.down[:, start : start + COLUMN_BLOCK].astype(np.float64)
+        yield product

@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.lowrank import Bundle, LowRankError, gram, initial_adapter, inner, norm, stack
-from profiles.model import ModuleShape
-from protos.contract import AdapterSpec
+from coordinator import lowrank
+from coordinator.lowrank import (
+    Bundle,
+    LowRankError,
+    add_rows,
+    error_energy,
+    gram,
+    gram_blocks,
+    inner,
+    norm,
+    random_signs,
+    stack,
+)
 
 
 def make_bundle(rank, m, n, seed=0, scale=1.5):
@@ -18,13 +28,8 @@ def make_bundle(rank, m, n, seed=0, scale=1.5):
     return Bundle(up.astype(np.float32), down.astype(np.float32), scale)
 
 
-def make_spec(rank=4, seed=5):
-    modules = (ModuleShape("a", 6, 10), ModuleShape("b", 10, 6))
-    return AdapterSpec("run", "org/base", "main", "ab", rank, 16.0, False, seed, modules)
-
-
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 7))  # R up to beyond m, n
-GOLDEN_DOWN = [-0.22231128811836243, 0.08280400186777115, 0.014446545392274857]
+GOLDEN_SIGNS = [-1, -1, 1, -1, 1, 1, 1, -1]
 
 
 def test_take_is_the_product_over_those_rows():
@@ -73,48 +78,60 @@ def test_stack_is_the_weighted_sum_of_products(ranks, seed):
     np.testing.assert_allclose(stacked.dense(), expected, atol=1e-4)
 
 
-@given(shape=SHAPES, rank=st.integers(1, 12), scale=st.sampled_from([0.25, 1.0, 4.0]))
-@settings(max_examples=80, deadline=None)
-def test_truncate_equals_the_dense_truncated_svd(shape, rank, scale):
-    bundle = make_bundle(*shape, seed=rank)
-    cut = bundle.truncate(rank, scale=scale)
-    left, values, right = np.linalg.svd(bundle.dense(), full_matrices=False)
-    best = (left[:, :rank] * values[:rank]) @ right[:rank]
-    assert (cut.up.shape, cut.down.shape) == ((rank, shape[1]), (rank, shape[2]))
-    assert cut.scale == scale
-    np.testing.assert_allclose(cut.dense(), best, atol=1e-5 * (1 + values[0]))
+def test_stack_rounds_each_factor_once_after_weight_and_scale():
+    bundles = [make_bundle(r, 5, 2000, r, scale=16 / r) for r in (3, 40)]
+    stacked = stack(bundles, [0.3, 0.7])
+    expected = [w * b.scale * b.up.astype(float) for w, b in zip([0.3, 0.7], bundles, strict=True)]
+    np.testing.assert_array_equal(stacked.up, np.concatenate(expected).astype(np.float32))
+    np.testing.assert_array_equal(stacked.down, np.concatenate([b.down for b in bundles]))
 
 
-def test_truncate_pads_with_zeros_beyond_what_there_is():
-    cut = make_bundle(2, 5, 8).truncate(4)
-    assert not cut.up[2:].any()
-    assert not cut.down[2:].any()
+def test_a_stack_of_nothing_is_refused():
+    with pytest.raises(LowRankError, match="no bundle"):
+        stack([], [])
 
 
-def test_truncate_of_zero_and_of_repeated_components_is_exact():
-    zero = Bundle(np.zeros((3, 5), np.float32), make_bundle(3, 5, 8).down, 1.0)
-    assert not zero.truncate(2).dense().any()
-    once = make_bundle(2, 5, 8)
-    twice = stack([once, once], [0.5, 0.5])
-    np.testing.assert_allclose(twice.truncate(2).dense(), once.dense(), atol=1e-5)
-
-
-def test_truncate_balances_both_sides_and_fixes_signs():
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_another_scale_leaves_the_product_and_down_as_they_are(scale):
     bundle = make_bundle(4, 6, 9)
-    cut = bundle.truncate(4)
-    lengths = np.linalg.norm(cut.up, axis=1)
-    np.testing.assert_allclose(lengths, np.linalg.norm(cut.down, axis=1), rtol=1e-5)
-    assert np.all(np.diff(lengths) <= 1e-6), "components come largest first"
-    peaks = cut.up[np.arange(4), np.abs(cut.up).argmax(axis=1)]
-    assert np.all(peaks > 0)
-    flipped = Bundle(-bundle.up, -bundle.down, bundle.scale).truncate(4)
-    np.testing.assert_allclose(flipped.up, cut.up, atol=1e-6)
+    moved = bundle.at_scale(scale)
+    assert moved.scale == scale
+    assert moved.down is bundle.down
+    np.testing.assert_allclose(moved.dense(), bundle.dense(), rtol=1e-6, atol=1e-6)
+    assert bundle.at_scale(bundle.scale) is bundle
 
 
-@pytest.mark.parametrize(("rank", "scale"), [(0, 1.0), (2, 0.0), (2, float("nan"))])
-def test_truncate_refuses_what_has_no_answer(rank, scale):
-    with pytest.raises(LowRankError):
-        make_bundle(3, 4, 5).truncate(rank, scale=scale)
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_no_product_has_is_refused(scale):
+    with pytest.raises(LowRankError, match="positive"):
+        make_bundle(2, 3, 4).at_scale(scale)
+
+
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+@given(
+    width=st.sampled_from([1, 7, 300, 1024, 5000, 40000]),
+    rows=st.sets(st.integers(0, 39), max_size=40).map(sorted),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_add_rows_has_the_same_bits_however_rows_lie(precision, width, rows, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(len(rows), width)).astype(np.float32)
+    total = rng.normal(size=(40, width)).astype(precision)
+    expected = total.copy()
+    expected[rows] += precision(0.137) * values.astype(precision)
+    packed = total[rows]
+    add_rows(total, np.array(rows, dtype=np.int64), 0.137, values)
+    np.testing.assert_array_equal(total, expected)
+    assert total.dtype == precision
+    add_rows(packed, np.arange(len(rows)), 0.137, values)
+    np.testing.assert_array_equal(packed, expected[rows])
+
+
+def test_add_rows_leaves_its_values_alone():
+    values = np.ones((3, 5), np.float32)
+    add_rows(np.zeros((4, 5)), np.array([0, 1, 3]), 2.0, values)
+    assert np.all(values == 1)
 
 
 @given(a=SHAPES, rank=st.integers(1, 9))
@@ -132,29 +149,93 @@ def test_norm_by_blocks_of_columns_equals_the_dense_one():
     np.testing.assert_allclose(norm(wide), np.linalg.norm(wide.dense()), rtol=1e-9)
 
 
-def test_initial_adapter_changes_nothing_and_follows_the_seed():
-    spec = make_spec()
-    adapter = initial_adapter(spec)
-    assert list(adapter) == ["a", "b"]
-    for module in spec.modules:
-        bundle = adapter[module.name]
-        assert bundle.up.shape == (4, module.out_features)
-        assert bundle.down.shape == (4, module.in_features)
-        assert not bundle.up.any()
-        assert np.abs(bundle.down).max() <= module.in_features**-0.5
-        assert bundle.scale == 4.0
-        np.testing.assert_array_equal(bundle.down, initial_adapter(spec)[module.name].down)
-        assert not np.array_equal(bundle.down, initial_adapter(make_spec(seed=6))[module.name].down)
+@given(ranks=st.lists(st.integers(1, 6), min_size=1, max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_gram_blocks_of_several_are_those_of_their_stack(ranks):
+    bundles = [make_bundle(r, 5, 8, seed=i, scale=1.0) for i, r in enumerate(ranks)]
+    stacked = stack(bundles, [1.0] * len(ranks))
+    for several, one, both in zip(
+        gram_blocks(*bundles), gram_blocks(stacked), gram(stacked, stacked), strict=True
+    ):
+        np.testing.assert_array_equal(several, one)
+        np.testing.assert_array_equal(several, several.T)
+        np.testing.assert_allclose(several, both, atol=1e-12)
 
 
-def test_initial_adapter_is_uniform():
-    modules = (ModuleShape("a", 2, 400),)
-    spec = AdapterSpec("run", "org/base", "main", "ab", 64, 16.0, False, 1, modules)
-    down = initial_adapter(spec)["a"].down.astype(np.float64) * 20  # U(-1, 1)
-    assert abs(down.mean()) < 0.02
-    assert abs(down.var() - 1 / 3) < 0.01
+def test_gram_blocks_add_up_over_blocks_of_columns():
+    wide = make_bundle(3, 2, 2 * lowrank.GRAM_COLUMNS + 5)
+    _, down = gram_blocks(wide)
+    np.testing.assert_allclose(down, gram(wide, wide)[1], rtol=1e-12)
 
 
-def test_initial_adapter_never_changes_between_releases():
-    first = initial_adapter(make_spec())["a"].down[0, :3]
-    np.testing.assert_array_equal(first, np.array(GOLDEN_DOWN, np.float32))
+def test_apply_is_the_product_with_each_row():
+    bundle = make_bundle(4, 6, 9)
+    vectors = make_bundle(3, 1, 9).down
+    np.testing.assert_allclose(bundle.apply(vectors), vectors @ bundle.dense().T, rtol=1e-4)
+
+
+@given(a=SHAPES, rank=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_error_energy_equals_the_dense_one(a, rank):
+    ideal, result = make_bundle(*a, seed=1), make_bundle(rank, a[1], a[2], seed=2, scale=-0.5)
+    found = error_energy(ideal, result)
+    assert found.exact
+    np.testing.assert_allclose(found.off, np.square(ideal.dense() - result.dense()).sum())
+    np.testing.assert_allclose(found.target, np.square(ideal.dense()).sum())
+
+
+@pytest.mark.parametrize("shape", [(300, 20, 600), (300, 600, 20), (40, 300, 500)])
+def test_error_energy_is_zero_for_the_same_product_in_other_factors(shape):
+    ideal = stack([make_bundle(*shape, seed=s, scale=0.01) for s in (1, 2)], [0.3, 0.7])
+    scales = np.exp2(np.random.default_rng(3).integers(-3, 4, ideal.rank))[:, None]
+    other = Bundle(
+        (ideal.up * scales / 8).astype(np.float32), (ideal.down / scales).astype(np.float32), 8.0
+    )
+    found = error_energy(ideal, other)
+    assert found.off >= 0
+    assert (found.off / found.target) ** 0.5 < 1e-6
+
+
+def test_error_energy_of_a_zero_ideal_is_the_result():
+    zero = Bundle(np.zeros((2, 5), np.float32), np.ones((2, 7), np.float32), 2.0)
+    result = make_bundle(3, 5, 7)
+    found = error_energy(zero, result)
+    assert found.target == 0
+    np.testing.assert_allclose(found.off, norm(result) ** 2)
+
+
+def test_error_energy_by_probes_is_near_the_dense_one():
+    ideal, result = make_bundle(40, 200, 300, seed=1), make_bundle(8, 200, 300, seed=2)
+    true, found = error_energy(ideal, result, exact=True), error_energy(ideal, result, exact=False)
+    assert true.exact
+    assert not found.exact
+    assert found.off == pytest.approx(true.off, rel=0.15)
+    assert found.target == pytest.approx(true.target, rel=0.15)
+    assert found == error_energy(ideal, result, exact=False), "probes are the same each time"
+
+
+def test_error_energy_by_probes_is_unbiased():
+    ideal, result = make_bundle(3, 20, 30, seed=1), make_bundle(2, 20, 30, seed=2)
+    true = error_energy(ideal, result)
+    drawn = [lowrank._probe(ideal, result, seed) for seed in range(400)]
+    for name in ("off", "target"):
+        values = np.array([getattr(one, name) for one in drawn])
+        deviation = values.std() / np.sqrt(len(values))
+        assert abs(values.mean() - getattr(true, name)) < 4 * deviation
+        assert values.std() < (2 / lowrank.PROBES) ** 0.5 * getattr(true, name)
+
+
+def test_error_energy_estimates_what_would_take_too_long(monkeypatch):
+    monkeypatch.setattr(lowrank, "EXACT_FLOPS", 100.0)
+    assert not error_energy(make_bundle(3, 4, 5), make_bundle(2, 4, 5)).exact
+
+
+def test_random_signs_depend_on_shape_and_key_alone():
+    signs = random_signs((40, 333), "a test", 1)
+    assert signs.shape == (40, 333)
+    assert signs.dtype == np.float32
+    assert set(np.unique(signs)) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 0.05
+    np.testing.assert_array_equal(signs, random_signs((40, 333), "a test", 1))
+    assert not np.array_equal(signs, random_signs((40, 333), "a test", 2))
+    np.testing.assert_array_equal(random_signs((1, 8), "a test", 1)[0], GOLDEN_SIGNS)
