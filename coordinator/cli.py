@@ -149,10 +149,12 @@ def _runs(args: argparse.Namespace) -> int:
         print(json.dumps(report.plain()["rounds"], indent=2))
     else:
         _table(
-            ("round", "phase", "seconds", "merge s", "aggregation error", "late"),
+            ("round", "phase", "seconds", "merge s", "aggregation error", "worst layer", "late"),
             [[str(r["round"]), r["phase"] + (" (evaluation)" if r["evaluate_only"] else ""),
               _number(r["seconds"], ".1f"), _number(r["merge_s"], ".3f"),
-              _number(r["aggregation_error"], ".3f"), str(len(r["late"]))]
+              _number(r["aggregation_error"], ".2e"),
+              _number(max(r["aggregation_errors"].values(), default=None), ".2e"),
+              str(len(r["late"]))]
              for r in report.rounds],
         )  # fmt: skip
     return 0
@@ -161,8 +163,10 @@ def _runs(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from coordinator.report import (
         DEVICE_COLUMNS,
+        ERROR_COLUMNS,
         build_report,
         device_table,
+        error_table,
         fairness_lines,
         reason_lines,
     )
@@ -173,27 +177,26 @@ def _report(args: argparse.Namespace) -> int:
         print(json.dumps(report.plain(), indent=2))
         return 0
     _table(DEVICE_COLUMNS, device_table(report))
+    if errors := error_table(report):
+        print("\nAggregation error of the last round, against the mean of the devices' products:")
+        _table(ERROR_COLUMNS, errors)
     print("\n".join(["", *fairness_lines(report), "", *reason_lines(report)]))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from coordinator.export import ExportError, export_peft
-    from coordinator.merge import adapter_from_factors
-    from protos.packing import unpack
+    from coordinator.export import ExportError, export_run
 
     records, blobs = _open(args.state)
     run = records.run(args.run)
-    digest = None if run is None else records.adapter_digest(args.run, args.round)
-    if run is None or digest is None:
+    found = None if run is None else records.model(args.run, args.round)
+    if run is None or found is None or args.round not in (None, found[0]):
         wanted = args.run if args.round is None else f"{args.run} after {args.round} rounds"
         raise ExportError(
             f"there is no adapter of run {wanted}; `sketchfleet-coordinator runs` lists what "
             "there is"
         )
-    packed = blobs.path(digest).read_bytes()
-    adapter = adapter_from_factors(run.spec, unpack(packed, run.spec, run.spec.rank))
-    print(export_peft(run.spec, adapter, args.out, run.spec.base))
+    print(export_run(run, found[1], blobs, args.out))
     return 0
 
 

@@ -11,6 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from coordinator.methods import Method, MethodOptions, RowMethod
+from coordinator.methods import make as make_method
+from coordinator.server_optimizer import ServerOptimizer, make_optimizer
+from coordinator.weights import WeightOptions, WeightRule, make_rule
 from profiles.errors import SketchfleetError
 from profiles.settings import Section, host_of, load_settings
 from protos.contract import Encoding, Precision
@@ -42,6 +46,8 @@ class ModelSection(Section):
     """Commit of a hub id; pin it for anything that matters."""
     targets: tuple[str, ...] = ()
     """Projections to adapt; empty adapts all of them."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapter, by name in the base ("lm_head", "model.norm")."""
 
 
 class AdapterSection(Section):
@@ -53,11 +59,54 @@ class AdapterSection(Section):
 
 
 class MethodSection(Section):
-    """How updates merge."""
+    """How updates merge (`docs/methods.md`). Keys that the method does not take are refused."""
 
     name: str = "fslora"
     normalisation: Literal["auto", "none", "ipw", "coverage"] = "auto"
-    """FSLoRA only: what a row is divided by. "auto" is "coverage" under AdamW, else "none"."""
+    """FSLoRA: what a row is divided by. "auto" is "coverage" under AdamW, else "none"."""
+    sketches: Literal["stratified", "independent"] = "stratified"
+    """FSLoRA, Fed-PLoRA: blocks of one permutation, or every device its own draw."""
+    energy: Share = 0.95
+    """FLoRIST: share of the squared singular values that is kept."""
+    regularisation: Annotated[float, Field(ge=0)] = 0.01
+    """LoRA-FAIR: lambda, how strongly the mean of B is held to."""
+    side_rank: Annotated[int, Field(ge=0)] = 0
+    """FLoRA, FedEx-LoRA: rows of the branch beside the base; 0 means four times the rank."""
+    density: Share = 0.25
+    """FLASC: share of the values that travel, at most."""
+    prune_keep: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """HetLoRA: the tail that a device may drop begins at this share of its rank."""
+    prune_penalty: Annotated[float, Field(ge=0)] = 1e-3
+    """HetLoRA: weight of the tail's norm in the local loss."""
+
+
+class ServerOptimizerSection(Section):
+    """How the merged change is applied (FedOpt, arXiv 2003.00295)."""
+
+    name: Literal["plain", "momentum", "adam"] = "plain"
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    """Adam: added to the root of the second moment."""
+
+
+class FairnessSection(Section):
+    """Whose update counts how much, and what devices minimise."""
+
+    weights: str = "samples"
+    """"samples", "uniform", "q-ffl", "afl" or "term"."""
+    q: Annotated[float, Field(ge=0)] = 1.0
+    """q-FFL: the power of a device's loss."""
+    step: Annotated[float, Field(gt=0)] = 0.1
+    """AFL: how fast weight moves to devices of high loss."""
+    t: float = 1.0
+    """TERM: the tilt; negative plays down outliers."""
+    loss: Literal["plain", "propfair"] = "plain"
+    """What devices minimise: their loss, or -log(1 - loss / ceiling) (arXiv 2202.01666)."""
+    propfair_ceiling: Annotated[float, Field(ge=0)] = 0.0
+    """M, nats per token: at least 1.5 times the highest loss at the start."""
+    propfair_margin: Annotated[float, Field(gt=0)] = 0.2
 
 
 class TrainingSection(Section):
@@ -72,6 +121,8 @@ class TrainingSection(Section):
     min_local_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    keep_optimizer: bool = False
+    """Whether a device's optimiser goes on where it stopped, while its rows stay the same."""
     checkpointing: bool | Literal["auto"] = "auto"
 
 
@@ -101,6 +152,8 @@ class WireSection(Section):
     update: Encoding = "int8"
     slice: Encoding = "bfloat16"
     global_adapter: Encoding = "bfloat16"
+    error_feedback: bool = False
+    """Whether what an update leaves out is added to the device's next one."""
 
 
 class EvaluationSection(Section):
@@ -143,6 +196,8 @@ class RunConfig(Section):
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     method: MethodSection = MethodSection()
+    server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
+    fairness: FairnessSection = FairnessSection()
     training: TrainingSection = TrainingSection()
     round: RoundSection = RoundSection()
     wire: WireSection = WireSection()
@@ -159,7 +214,71 @@ class RunConfig(Section):
             raise ValueError("[training] min_local_steps exceeds local_steps")
         if self.round.round_s > self.round.max_round_s:
             raise ValueError("[round] round_s exceeds max_round_s")
+        if self.fairness.loss == "propfair":
+            if self.fairness.propfair_ceiling <= self.fairness.propfair_margin:
+                raise ValueError(
+                    "[fairness] loss = propfair needs propfair_ceiling above propfair_margin: "
+                    "about 1.5 times the highest loss at the start"
+                )
+        elif self.fairness.propfair_ceiling:
+            raise ValueError('[fairness] propfair_ceiling needs loss = "propfair"')
+        self._check_method()
         return self
+
+    def _check_method(self) -> None:
+        """Refuses what the method cannot use."""
+        try:
+            method = self.make_method()
+            self.make_weight_rule()
+        except SketchfleetError as error:
+            raise ValueError(str(error)) from error
+        fields = MethodSection.model_fields  # a stored configuration names every key
+        given = {k for k in fields if getattr(self.method, k) != fields[k].default} - {"name"}
+        if foreign := sorted(given - set(method.options)):
+            takes = f"takes {', '.join(method.options)}" if method.options else "takes no options"
+            raise ValueError(f"[method] {foreign[0]} is not for {method.name}, which {takes}")
+        optimizer = self.server_optimizer
+        if not isinstance(method, RowMethod) and (
+            optimizer.name != "plain" or optimizer.learning_rate != 1
+        ):
+            raise ValueError(
+                f"[server_optimizer] {optimizer.name} cannot be used with {method.name}: it "
+                "rebuilds the factors each round, so that moments of the last round's would point "
+                "elsewhere; leave the section out"
+            )
+        stale = (
+            f"cannot be used with {method.name}: its rows mean something else each round, so that "
+            "what a device kept of the last would be wrong; set it to false"
+        )
+        if self.training.keep_optimizer and not method.keeps_basis:
+            raise ValueError(f"[training] keep_optimizer {stale}")
+        if self.wire.error_feedback:
+            if not method.keeps_basis:
+                raise ValueError(f"[wire] error_feedback {stale}")
+            if method.heterogeneous and method.scaling == "common":
+                raise ValueError(
+                    f"[wire] error_feedback cannot be used with {method.name}: its rows are scaled "
+                    "by a device's rank, so that what was kept at one rank is wrong at another; "
+                    "set it to false"
+                )
+
+    def make_method(self) -> Method:
+        """The method with its options. Raises `UnknownMethodError`."""
+        options = MethodOptions(
+            rank=self.adapter.rank,
+            optimizer=self.training.optimizer,
+            **self.method.model_dump(exclude={"name"}),
+        )
+        return make_method(self.method.name, options)
+
+    def make_server_optimizer(self) -> ServerOptimizer:
+        """The server's optimiser."""
+        return make_optimizer(**self.server_optimizer.model_dump())
+
+    def make_weight_rule(self) -> WeightRule:
+        """The rule that weighs devices. Raises `WeightRuleError`."""
+        f = self.fairness
+        return make_rule(f.weights, WeightOptions(q=f.q, t=f.t, step=f.step))
 
 
 def load_config(path: Path) -> RunConfig:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,29 +20,27 @@ from coordinator import rounds
 from coordinator.config import RunConfig
 from coordinator.intake import Intake
 from coordinator.issuing import Issuer, Recorded
-from coordinator.lowrank import initial_adapter
-from coordinator.merge import MergeResult, StoredUpdate, adapter_to_factors, merge_sound
-from coordinator.methods import make as make_method
+from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.restore import rebuilt
+from coordinator.state import StateFile, write_initial
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import AssignmentRecord, Records
+from coordinator.weights import Voice
 from profiles.device import DeviceProfile
 from profiles.model import ModelShape
 from protos.contract import (
     AdapterSpec,
     Assignment,
-    Encoding,
+    BlobRef,
     LocalReport,
     ProfileRequest,
     Reason,
     RefusalError,
 )
-from protos.packing import pack
 
 log = logging.getLogger("sketchfleet.coordinator")
 
 LOST_AFTER_S = 120.0  # without a poll; agents poll every 20 s while they train
-MASTER_ENCODING: Encoding = "float32"
 MEMORY_AFTER_FAILURE = 0.8  # of what a device had, once it ran out
 TaskKind = Literal["wait", "profile", "assignment", "finished"]
 
@@ -75,11 +73,8 @@ class Engine:
     ) -> None:
         self.config, self.spec, self.shape = config, spec, shape
         self._records, self._blobs, self._clock = records, blobs, clock
-        self._method = make_method(
-            config.method.name,
-            normalisation=config.method.normalisation,
-            optimizer=config.training.optimizer,
-        )
+        self._method = config.make_method()
+        self._weights = config.make_weight_rule()
         self._policy = rounds.RoundPolicy(
             rounds=config.run.rounds,
             min_devices=config.round.min_devices,
@@ -99,9 +94,14 @@ class Engine:
         self._untold: set[str] = set()  # devices that do not know yet that the run is finished
         self._issuer = Issuer(
             config, spec, shape, records, blobs,
-            heterogeneous=self._method.heterogeneous, recorded=recorded,
+            method=self._method, recorded=recorded,
+        )  # fmt: skip
+        self._merger = Merger(
+            spec, self._method, config.make_server_optimizer(), self._issuer.model,
+            lambda role: blobs.draft(),
         )  # fmt: skip
         self._intake = Intake(spec, records, blobs, self._too_late, clock)
+        blobs.drop_drafts()
         self.state = self._restore()
         self._intake.tidy()
 
@@ -112,11 +112,9 @@ class Engine:
         run_id, now = self.spec.run_id, self._clock()
         record = self._records.run(run_id)
         if record is None:
-            factors = adapter_to_factors(initial_adapter(self.spec))
-            packed = pack(self.spec, self.spec.rank, factors, encoding=MASTER_ENCODING)
-            initial = self._blobs.put(packed, MASTER_ENCODING)
+            initial = write_initial(self.spec, self._method, lambda role: self._blobs.draft())
             self._records.add_run(
-                self.spec, self.config.model_dump(mode="json"), initial.digest, now
+                self.spec, self.config.model_dump(mode="json"), self._kept(initial), now
             )
             return rounds.RunState()
         if record.spec.digest != self.spec.digest:
@@ -124,6 +122,13 @@ class Engine:
                 Reason.BAD_REQUEST,
                 f"run {run_id!r} was started with another base, adapter or seed; restore run.toml "
                 "or choose a new [run] name",
+            )
+        before = record.config["method"]["name"]
+        if before != self._method.name:
+            raise RefusalError(
+                Reason.BAD_REQUEST,
+                f"run {run_id!r} was started with method {before}, run.toml now says "
+                f"{self._method.name}; restore it or choose a new [run] name",
             )
         for device in self._records.all_devices():
             if device.profile is not None:
@@ -264,49 +269,71 @@ class Engine:
             and record.update_digest is not None
             and record.report is not None
         ]
-        digest: str | None = None
+        files: dict[str, BlobRef] = {}
         if taken:
-            updates = [self._stored(record, effect.round) for record in taken]
-            result, digest, dropped = await asyncio.to_thread(self._merge, updates)
+            updates, detail["weight_memory"] = self._weighed(taken, effect.round)
+            result, files, dropped = await asyncio.to_thread(self._merge, effect.round, updates)
             for assignment_id, why in dropped.items():
                 log.error("update not merged: %s", why, extra={"assignment_id": assignment_id})
             taken = [r for r in taken if r.assignment.assignment_id not in dropped]
             detail["dropped"] = dropped
             if result is not None:
                 detail |= {
+                    "weights": {u.assignment.assignment_id: u.weight for u in updates},
                     "share": result.share,
                     "coverage": [float(c) for c in result.coverage],
-                    "aggregation_error": result.aggregation_error,
+                    "aggregation_error": result.error,
+                    "aggregation_errors": result.errors,
+                    "aggregation_error_exact": result.exact,
                     "merge_s": time.monotonic() - started,
                 }
         self._records.publish_round(
-            run_id, effect.round, digest,
+            run_id, effect.round, files,
             [r.assignment.assignment_id for r in taken], detail, self._clock(),
         )  # fmt: skip
-        log.info("round merged", extra={"round": effect.round, "updates": len(taken)})
+        log.info("round merged", extra={
+            "round": effect.round, "updates": len(taken),
+            "aggregation_error": detail.get("aggregation_error"),
+        })  # fmt: skip
         self._feed(rounds.Merged(self._clock(), effect.round))
         self._intake.tidy()
         self._issuer.forget(effect.round - self._policy.late_rounds)
 
     def _merge(
-        self, updates: Sequence[StoredUpdate]
-    ) -> tuple[MergeResult | None, str | None, dict[str, str]]:
-        """(result, blob of the new adapter, what could not be merged and why)."""
-        result, dropped = merge_sound(self.spec, self._method, self._issuer.adapter(), updates)
-        if result is None:
-            return None, None, dropped
-        factors = adapter_to_factors(result.adapter)
-        packed = pack(self.spec, self.spec.rank, factors, encoding=MASTER_ENCODING)
-        return result, self._blobs.put(packed, MASTER_ENCODING).digest, dropped
+        self, round_: int, updates: Sequence[StoredUpdate]
+    ) -> tuple[MergeResult | None, dict[str, BlobRef], dict[str, str]]:
+        """(result, files of the new model, what could not be merged and why)."""
+        current = self._issuer.model()
+        result, dropped = self._merger.merge_sound(round_, round_ + 1, current, updates)
+        return result, {} if result is None else self._kept(result.files), dropped
 
-    def _stored(self, record: AssignmentRecord, into: int) -> StoredUpdate:
+    def _kept(self, files: Mapping[str, StateFile]) -> dict[str, BlobRef]:
+        return {role: self._blobs.adopt(f.path, f.payload) for role, f in files.items()}
+
+    def _weighed(
+        self, taken: Sequence[AssignmentRecord], into: int
+    ) -> tuple[list[StoredUpdate], dict[str, float]]:
+        """The updates with their weights, and what the weight rule is to remember."""
+        voices = []
+        for record in taken:
+            a, report = record.assignment, record.report
+            assert report is not None
+            received = report.evaluation("slice", "received")
+            examples = report.train_examples * rounds.late_discount(into - a.round)
+            voices.append(Voice(a.device_id, examples, received.loss if received else None))
+        history = self._records.all_rounds(self.spec.run_id)
+        known = [r.detail["weight_memory"] for r in history if "weight_memory" in r.detail]
+        weights, memory = self._weights.weigh(voices, known[-1] if known else {})
+        return [self._stored(r, w) for r, w in zip(taken, weights, strict=True)], memory
+
+    def _stored(self, record: AssignmentRecord, weight: float) -> StoredUpdate:
         assert record.update_digest is not None and record.report is not None
-        discount = rounds.late_discount(into - record.assignment.round)
         return StoredUpdate(
             device_id=record.assignment.device_id,
             assignment=record.assignment,
             path=self._blobs.path(record.update_digest),
-            weight=record.report.train_examples * discount,
+            weight=weight,
+            kept=record.report.kept_rank if self._method.pruning is not None else 0,
         )
 
     # --- what devices call ----------------------------------------------------------------------
@@ -409,6 +436,11 @@ class Engine:
         record = self._intake.own(device_id, report.assignment_id)
         if report.outcome == "done" and record.assignment.trains and report.train_examples < 1:
             raise RefusalError(Reason.BAD_REQUEST, "a report of training names no examples")
+        if not 0 <= report.kept_rank <= record.assignment.rank:
+            raise RefusalError(
+                Reason.BAD_REQUEST,
+                f"a report keeps {report.kept_rank} rows of {record.assignment.rank}",
+            )
         self._records.put_report(report)
         self._consider(report.assignment_id)
 

@@ -1,7 +1,7 @@
 """The trained adapter as a standard PEFT folder that `PeftModel.from_pretrained` loads.
 
-Knows PEFT's file names and keys. It needs no torch, and knows nothing of runs or stores: the
-adapter comes in as bundles.
+Knows PEFT's file names and keys. It needs no torch. A branch beside the base
+becomes further rows of the adapter.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.lowrank import Bundle
+from coordinator.config import RunConfig
+from coordinator.lowrank import Bundle, stack
+from coordinator.methods import Method
+from coordinator.state import StateFile, StateReader
+from coordinator.store.blobs import BlobStore
+from coordinator.store.records import RunRecord
 from profiles.errors import MissingExtraError, SketchfleetError
-from protos.contract import AdapterSpec
+from profiles.model import base_tensor, resolve_base
+from protos.contract import AdapterSpec, BlobRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -29,14 +35,55 @@ class ExportError(SketchfleetError):
     """The adapter cannot be written as a PEFT folder."""
 
 
+def export_run(
+    run: RunRecord, files: Mapping[str, BlobRef], blobs: BlobStore, folder: Path
+) -> Path:
+    """Writes one version of a run's model as a PEFT folder. Raises `ExportError`, `ModelError`."""
+    spec = run.spec
+    method = RunConfig.model_validate(run.config).make_method()
+    reader = StateReader(
+        spec, {role: StateFile(blobs.path(b.digest), b.payload) for role, b in files.items()}
+    )
+    adapter, dense = global_adapter(spec, method, reader)
+    base = resolve_base(spec.base, spec.base_revision or None) if dense else None
+    return export_peft(spec, adapter, folder, spec.base, dense, base)
+
+
+def global_adapter(
+    spec: AdapterSpec, method: Method, model: StateReader
+) -> tuple[dict[str, Bundle], dict[str, NDArray[np.float32]]]:
+    """(one bundle per module, branch included; differences of the dense tensors) of a model.
+
+    Raises `ExportError` for a method whose model is partly at home.
+    """
+    if not method.has_global:
+        raise ExportError(
+            f"{method.name} keeps {', '.join(method.personal)} on the devices, so there is no "
+            "adapter for all; export each device's own with `sketchfleet-agent export`"
+        )
+    adapter = {}
+    for module in spec.modules:
+        state = model.module(module.name)
+        whole = state.product
+        adapter[module.name] = whole if state.side is None else stack([whole, state.side], [1, 1])
+    return adapter, {t.name: model.dense(t.name)[0] for t in spec.dense}
+
+
 def export_peft(
-    spec: AdapterSpec, adapter: Mapping[str, Bundle], folder: Path, base_name: str
+    spec: AdapterSpec,
+    adapter: Mapping[str, Bundle],
+    folder: Path,
+    base_name: str,
+    dense: Mapping[str, NDArray[np.float32]] | None = None,
+    base_folder: Path | None = None,
 ) -> Path:
     """Writes `folder` with adapter_config.json, adapter_model.safetensors and a model card.
 
     `adapter`: one bundle per module of the spec, all of one rank r: up (r, out), down (r, in);
     weights are written float32 as lora_B (out, r) and lora_A (r, in). `base_name`: what users
-    load as the base, a hub id or folder name. The folder appears whole or not at all. Raises
+    load as the base, a hub id or folder name. `dense`: differences of tensors trained whole, added
+    to the base's own in `base_folder` (PEFT's modules_to_save). The folder appears
+    whole or not at all. Raises
     `ExportError` when it exists or the adapter does not fit the spec.
     """
     try:
@@ -54,7 +101,13 @@ def export_peft(
             f"{folder} cannot be made ({error.strerror}); choose another place"
         ) from error
     try:
-        save_file(_tensors(spec, adapter, rank), part / WEIGHTS_FILE, metadata={"format": "pt"})
+        tensors = _tensors(spec, adapter, rank)
+        for name, delta in (dense or {}).items():
+            if base_folder is None:
+                raise ExportError(f"{name} was trained whole; the base's own weights are needed")
+            base = base_tensor(base_folder, name)
+            tensors[f"base_model.model.{name}"] = base + delta.reshape(base.shape)
+        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
         config = json.dumps(_config(spec, rank, base_name), indent=2, sort_keys=True)
         (part / CONFIG_FILE).write_text(config + "\n")
         (part / CARD_FILE).write_text(_card(spec, rank, base_name))
@@ -107,9 +160,9 @@ def _config(spec: AdapterSpec, rank: int, base_name: str) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": spec.device_alpha(rank),
+        "lora_alpha": spec.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": sorted({t.name.rpartition(".")[0] for t in spec.dense}) or None,
         "peft_type": "LORA",
         "r": rank,
         "revision": spec.base_revision or None,

@@ -43,12 +43,12 @@ class Intake:
         """(upload id, bytes already held). Raises `RefusalError` before any byte is taken."""
         record = self.own(device_id, assignment_id)
         assignment = record.assignment
-        expected = packed_bytes(self._spec, assignment.rank, assignment.update_encoding)
+        expected = packed_bytes(self._spec, assignment.update)
         if size_bytes != expected:
             raise RefusalError(
                 Reason.WRONG_SIZE,
                 f"update of {size_bytes:,} bytes, but k={assignment.rank} as "
-                f"{assignment.update_encoding} is {expected:,}; agent and coordinator disagree "
+                f"{assignment.update.encoding} is {expected:,}; agent and coordinator disagree "
                 "about the assignment, restart the agent",
             )
         if record.update_digest is None:
@@ -143,18 +143,13 @@ class Intake:
     def _check(self, path: Path, assignment: Assignment) -> None:
         """Decodes every module, which refuses what is not finite. Raises `PackingError`."""
         reader = open_packed(
-            path,
-            self._spec,
-            assignment.rank,
-            assignment_digest=assignment.digest,
-            encoding=assignment.update_encoding,
+            path, self._spec, assignment.update, assignment_digest=assignment.digest
         )
-        for module in self._spec.modules:
-            part = reader.module(module.name)
-            largest = max(float(np.abs(part.up).max()), float(np.abs(part.down).max()))
+        for name in reader.names:
+            largest = max(float(np.abs(v).max()) for v in reader.module(name).values())
             if largest > LARGEST_CHANGE:
                 raise PackingError(
-                    f"{module.name} changes a weight by {largest:.1e}, no more than "
+                    f"{name} changes a weight by {largest:.1e}, no more than "
                     f"{LARGEST_CHANGE:.0e} is merged; training diverged, lower the learning rate"
                 )
 

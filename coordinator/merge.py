@@ -1,180 +1,300 @@
 """Runs a method over the stored updates of a round, module by module.
 
-Memory is one module times the participants, and one file is open at a time, so a fleet may be
-larger than memory or the limit on open files. It knows packed files and assignments; it does not
-know who may take part (screening), what weights mean (fairness), or where results are kept.
+Memory is one module times the participants, and a bounded number of files is open, so a fleet may
+be larger than memory or the limit on open files. It knows packed files and assignments; it does not
+know who may take part (screening), what weights mean (`weights`), or where results are kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from coordinator.lowrank import Bundle, inner, norm, stack
-from coordinator.methods import Method, MethodError, ModuleUpdate
+from coordinator.aggregation_error import ErrorMeter, measure
+from coordinator.lowrank import Bundle, ErrorEnergy, Rows
+from coordinator.methods import Method, MethodError, ModuleState, ModuleUpdate
 from coordinator.methods.base import normalised
+from coordinator.server_optimizer import ServerOptimizer
+from coordinator.state import StateFile, StateReader, StateWriter
+from profiles.model import ModuleShape
 from protos.contract import AdapterSpec, Assignment
-from protos.packing import Factors, PackingError, open_packed
-from protos.sketch import sketch_rows
+from protos.packing import PackedReader, PackingError, Parts, open_packed
+from protos.sketch import initial_down, slice_rows
 
-EPSILON = 1e-12  # keeps the relative error finite while the ideal update is still zero
+MOST_ABREAST = 4
+ABREAST_BYTES = 128 * 2**20  # of updates in memory for modules merged at the same time
+MOST_OPEN = 256  # updates held open at once; a process may have a thousand files
 
 
 @dataclass(frozen=True)
 class StoredUpdate:
-    """A packed update on disk, the assignment it answers, and the weight it enters with."""
+    """A packed update on disk, the assignment it answers, and the weight it enters with.
+
+    kept: the rows left after the device pruned itself, 0 for all.
+    """
 
     device_id: str
     assignment: Assignment
     path: Path
     weight: float
+    kept: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class MergeResult:
-    """The adapter after a round, and what each device gave to it.
+    """The model after a round, and what each device gave to it.
 
-    norms: Frobenius norm of a device's weighted delta factors over all modules, by device id.
+    norms: Frobenius norm of a device's weighted deltas over everything it sent, by device id.
     share: its part in the sum of norms; equal parts when nobody moved anything. Sums to 1.
     coverage: (r,) float64, participants that held each global row, averaged over modules.
-    aggregation_error: ||merged - ideal|| / ||ideal||, the ideal being the weighted mean of the
-    devices' trained slices in weight space.
+    errors: aggregation error by module, ||merged - ideal|| / ||ideal||, the ideal being the
+    weighted mean of the devices' products in weight space; none where a method has no global
+    model. error: over all modules. exact: computed by Gram matrices in every module, not by
+    random probes.
     """
 
-    adapter: dict[str, Bundle]
+    files: dict[str, StateFile]
     norms: dict[str, float]
     share: dict[str, float]
     coverage: NDArray[np.float64]
-    aggregation_error: float
+    errors: dict[str, float]
+    error: float | None
+    exact: bool
 
 
-def merge_round(
-    spec: AdapterSpec,
-    method: Method,
-    current: Mapping[str, Bundle],
-    updates: Sequence[StoredUpdate],
-) -> MergeResult:
-    """Merges stored updates into the adapter; the same bits whatever the order given.
+@dataclass(frozen=True)
+class Merger:
+    """What a merge needs besides the updates: the rule, and the models they started from.
 
-    A late update brings the rows of the round it was assigned in; its delta is added to today's
-    adapter. For the aggregation error its slice is taken to have started from that adapter too.
-    Raises `PackingError`, `SketchError`, `MethodError`, `OSError`.
+    start: the model that slices of a round were cut from. A late update's slice was cut from an
+    older one; its changes are added to today's.
     """
-    ordered = sorted(
-        updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
-    )
-    digests = [update.assignment.digest for update in ordered]
-    shares = normalised([update.weight for update in ordered])
-    adapter: dict[str, Bundle] = {}
-    energies = np.zeros(len(ordered))
-    coverage = np.zeros(spec.rank)
-    off_target = target = 0.0
-    for module in spec.modules:
-        before = current[module.name]
-        parts = [
-            _read(spec, update, digest, module.name)
-            for update, digest in zip(ordered, digests, strict=True)
-        ]
-        after = method.merge_module(before, parts)
-        adapter[module.name] = after
-        for i, part in enumerate(parts):
-            energies[i] += shares[i] ** 2 * _energy(part.delta)
-            coverage[part.rows] += 1 / len(spec.modules)
-        ideal = stack([_trained(spec, before, part) for part in parts], shares.tolist())
-        ideal_energy = norm(ideal) ** 2
-        target += ideal_energy
-        off_target += ideal_energy - 2 * inner(after, ideal) + norm(after) ** 2
-    norms = _by_device(ordered, energies)
-    return MergeResult(
-        adapter=adapter,
-        norms=norms,
-        share=_share(norms),
-        coverage=coverage,
-        aggregation_error=math.sqrt(max(off_target, 0.0)) / (math.sqrt(target) + EPSILON),
-    )
 
+    spec: AdapterSpec
+    method: Method
+    optimizer: ServerOptimizer
+    start: Callable[[int], StateReader]
+    new_file: Callable[[str], Path]
 
-def merge_sound(
-    spec: AdapterSpec,
-    method: Method,
-    current: Mapping[str, Bundle],
-    updates: Sequence[StoredUpdate],
-) -> tuple[MergeResult | None, dict[str, str]]:
-    """`merge_round` of what can be merged, and why the rest was left out, by assignment id.
+    def merge(
+        self, round_: int, version: int, current: StateReader, updates: Sequence[StoredUpdate]
+    ) -> MergeResult:
+        """Merges stored updates into the model; the same bits whatever the order given.
 
-    One update that no merge survives must not stop the run; the result is None if none is sound.
-    """
-    try:
-        return merge_round(spec, method, current, updates), {}
-    except (PackingError, MethodError) as error:
-        whole = error
-    dropped: dict[str, str] = {}
-    for update in updates:
+        version: of the model that comes out. Raises `PackingError`, `SketchError`, `MethodError`,
+        `OSError`; then nothing is left behind.
+        """
+        writer = StateWriter(self.spec, self.method.parts(version), self.new_file)
         try:
-            merge_round(spec, method, current, [update])
+            return self._merge(round_, current, updates, writer)
+        except BaseException:
+            writer.abandon()
+            raise
+
+    def merge_sound(
+        self, round_: int, version: int, current: StateReader, updates: Sequence[StoredUpdate]
+    ) -> tuple[MergeResult | None, dict[str, str]]:
+        """`merge` of what can be merged, and why the rest was left out, by assignment id.
+
+        One update that no merge survives must not stop the run; the result is None if none is
+        sound.
+        """
+        try:
+            return self.merge(round_, version, current, updates), {}
         except (PackingError, MethodError) as error:
-            dropped[update.assignment.assignment_id] = str(error)
-    if not dropped:  # each alone is sound, together they are not
-        raise whole
-    sound = [u for u in updates if u.assignment.assignment_id not in dropped]
-    return (merge_round(spec, method, current, sound) if sound else None), dropped
+            whole = error
+        dropped: dict[str, str] = {}
+        for update in updates:
+            try:
+                alone = self.merge(round_, version, current, [replace(update, weight=1.0)])
+            except (PackingError, MethodError) as error:
+                dropped[update.assignment.assignment_id] = str(error)
+            else:
+                for file in alone.files.values():
+                    file.path.unlink()
+        if not dropped:  # each alone is sound, together they are not
+            raise whole
+        sound = [u for u in updates if u.assignment.assignment_id not in dropped]
+        if not any(update.weight for update in sound):  # all weight was with what was dropped
+            sound = [replace(update, weight=1.0) for update in sound]
+        merged = self.merge(round_, version, current, sound) if sound else None
+        return merged, dropped
+
+    def _merge(
+        self,
+        round_: int,
+        current: StateReader,
+        updates: Sequence[StoredUpdate],
+        writer: StateWriter,
+    ) -> MergeResult:
+        spec = self.spec
+        ordered = sorted(
+            updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
+        )
+        readers = _Readers(spec, ordered)
+        shares = normalised([update.weight for update in ordered])
+        energies = np.zeros(len(ordered))
+        coverage = np.zeros(spec.rank)
+        meter = ErrorMeter()
+        merged = partial(self._module, round_, current, ordered, shares, readers)
+        for module, found in _in_order(merged, spec.modules, self._abreast(ordered)):
+            writer.write(module.name, found.state)
+            energies += np.square(shares) * found.energies
+            coverage += found.coverage / len(spec.modules)
+            if found.error is not None:
+                meter.add(module.name, found.error)
+        for tensor in spec.dense:
+            delta = np.zeros((tensor.out_features, tensor.in_features))
+            for i in range(len(ordered)):
+                parts, energy = readers.read(i, tensor.name)
+                energies[i] += shares[i] ** 2 * energy
+                delta += shares[i] * parts["dense"]
+            values, moments = current.dense(tensor.name)
+            step, kept = self.optimizer.step(delta, moments)
+            writer.write_dense(tensor.name, ((values + step).astype(np.float32), kept))
+        norms = _by_device(ordered, energies)
+        return MergeResult(
+            files=writer.finish(),
+            norms=norms,
+            share=_share(norms),
+            coverage=coverage,
+            errors=meter.errors,
+            error=meter.overall,
+            exact=meter.exact,
+        )
+
+    def _module(
+        self,
+        round_: int,
+        current: StateReader,
+        updates: Sequence[StoredUpdate],
+        shares: NDArray[np.float64],
+        readers: _Readers,
+        module: ModuleShape,
+    ) -> _Merged:
+        """One module of the round."""
+        before = current.module(module.name)
+        parts, energies = [], np.zeros(len(updates))
+        coverage = np.zeros(self.spec.rank)
+        for i, update in enumerate(updates):
+            delta, energies[i] = readers.read(i, module.name)
+            parts.append(self._read(module.name, update, delta, round_, before))
+            coverage[parts[-1].rows] += 1
+        after = self.method.merge_module(before, parts, round_, self.optimizer)
+        error = None
+        if self.method.has_global:
+            error = measure(self.method, before, after, parts, shares)
+        del parts
+        readers.release(module.name)
+        return _Merged(after, energies, coverage, error)
+
+    def _abreast(self, updates: Sequence[StoredUpdate]) -> int:
+        """Modules merged at the same time: a few while their updates are small, else one."""
+        widest = max(m.out_features + m.in_features for m in self.spec.modules)
+        held = 4 * widest * sum(u.assignment.update.rank for u in updates)
+        return max(1, min(os.cpu_count() or 1, MOST_ABREAST, ABREAST_BYTES // held))
+
+    def _read(
+        self, module: str, update: StoredUpdate, delta: Parts, round_: int, before: ModuleState
+    ) -> ModuleUpdate:
+        task = update.assignment
+        rows = slice_rows(self.spec, task, module)
+        scale = self.method.device_scale(self.spec, task.rank)
+        if 0 < update.kept < task.rank:
+            rows = rows[: update.kept]
+            delta = {part: values[: update.kept] for part, values in delta.items()}
+        lift = scale / before.adapter.scale if self.method.scaling == "common" else 1.0
+        begin = partial(self._begin, module, task, rows, scale, round_, before)
+        return ModuleUpdate(
+            update.device_id, rows, begin, delta, update.weight, lift,
+            on_time=task.round == round_, finite=True,
+        )  # fmt: skip
+
+    def _begin(
+        self,
+        module: str,
+        task: Assignment,
+        rows: Rows,
+        scale: float,
+        round_: int,
+        before: ModuleState,
+    ) -> ModuleState:
+        """The slice as it was handed out."""
+        if self.method.fresh:
+            m, n = before.adapter.up.shape[1], before.adapter.down.shape[1]
+            down = initial_down(
+                self.spec.seed, module, task.rank, n, round_=task.round, device_id=task.device_id
+            )
+            return ModuleState(Bundle(np.zeros((len(rows), m), np.float32), down[rows], scale))
+        whole = before if task.round == round_ else self.start(task.round).module(module)
+        return self.method.cut(whole, rows, scale)
 
 
-def cut_slice(
-    spec: AdapterSpec,
-    adapter: Mapping[str, Bundle],
-    assignment_round: int,
-    sketch_offset: int,
-    k: int,
-) -> dict[str, Factors]:
-    """The rows a device is to train, by module name: up (k, m), down (k, n). To be packed."""
-    factors = {}
-    for name, bundle in adapter.items():
-        rows = sketch_rows(spec.seed, assignment_round, name, spec.rank, sketch_offset, k)
-        part = bundle.take(rows)
-        factors[name] = Factors(part.up, part.down)
-    return factors
+@dataclass(frozen=True)
+class _Merged:
+    """One module after the round, and what is counted of it: energies (U,), coverage (r,)."""
+
+    state: ModuleState
+    energies: NDArray[np.float64]
+    coverage: NDArray[np.float64]
+    error: ErrorEnergy | None
 
 
-def adapter_to_factors(adapter: Mapping[str, Bundle]) -> dict[str, Factors]:
-    """The whole adapter as packing takes it; arrays are shared, not copied."""
-    return {name: Factors(bundle.up, bundle.down) for name, bundle in adapter.items()}
+def _in_order(
+    work: Callable[[ModuleShape], _Merged], modules: Sequence[ModuleShape], abreast: int
+) -> Iterator[tuple[ModuleShape, _Merged]]:
+    """Results in the order of `modules`, at most `abreast` of them in the making or waiting."""
+    if abreast == 1:
+        for module in modules:
+            yield module, work(module)
+        return
+    # One thread of BLAS each: with more, idle ones spin on the cores that the others need.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(abreast) as pool:
+        waiting: deque[tuple[ModuleShape, Future[_Merged]]] = deque()
+        for module in modules:
+            if len(waiting) == abreast:
+                done, future = waiting.popleft()
+                yield done, future.result()
+            waiting.append((module, pool.submit(work, module)))
+        for done, future in waiting:
+            yield done, future.result()
 
 
-def adapter_from_factors(spec: AdapterSpec, factors: Mapping[str, Factors]) -> dict[str, Bundle]:
-    """The whole adapter as unpacked, at the scale of the spec's full rank."""
-    scale = spec.scale(spec.rank)
-    return {name: Bundle(part.up, part.down, scale) for name, part in factors.items()}
+class _Readers:
+    """Updates as open files, so that each header is read once; beyond a limit, one at a time."""
 
+    def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate]) -> None:
+        self._spec, self._updates = spec, updates
+        self._digests = [update.assignment.digest for update in updates]
+        self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
 
-def _read(spec: AdapterSpec, update: StoredUpdate, digest: bytes, module: str) -> ModuleUpdate:
-    task = update.assignment
-    rows = sketch_rows(spec.seed, task.round, module, spec.rank, task.sketch_offset, task.rank)
-    reader = open_packed(
-        update.path,
-        spec,
-        task.rank,
-        assignment_digest=digest,
-        encoding=task.update_encoding,
-    )
-    return ModuleUpdate(update.device_id, rows, reader.module(module), update.weight, task.rank)
+    def read(self, i: int, name: str) -> tuple[Parts, float]:
+        """What the i-th update says of a module or dense tensor, and its sum of squares."""
+        return self._at(i).measured(name)
 
+    def release(self, name: str) -> None:
+        """A module has been merged: memory behind it may go."""
+        for reader in self._open:
+            reader.release(name)
 
-def _trained(spec: AdapterSpec, before: Bundle, part: ModuleUpdate) -> Bundle:
-    """The slice as the device ended with it, at the scale it trained with."""
-    up = before.up[part.rows] + part.delta.up
-    down = before.down[part.rows] + part.delta.down
-    return Bundle(up, down, spec.scale(part.k))
+    def _at(self, i: int) -> PackedReader:
+        return self._open[i] if i < len(self._open) else self._reader(i)
 
-
-def _energy(delta: Factors) -> float:
-    up, down = delta.up.astype(np.float64), delta.down.astype(np.float64)
-    return float(np.square(up).sum() + np.square(down).sum())
+    def _reader(self, i: int) -> PackedReader:
+        update = self._updates[i]
+        return open_packed(
+            update.path, self._spec, update.assignment.update, assignment_digest=self._digests[i]
+        )
 
 
 def _by_device(updates: Sequence[StoredUpdate], energies: NDArray[np.float64]) -> dict[str, float]:

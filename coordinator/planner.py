@@ -15,13 +15,13 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from profiles.cost import ASSUMED_LINK, Cost, LocalWork, device_peak_bytes, round_seconds
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 from profiles.model import ModelShape
-from protos.contract import AdapterSpec, Encoding, Precision
+from protos.contract import AdapterSpec, Encoding, Part, Payload, Precision
 from protos.packing import packed_bytes
 
 AUTO_PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "nf4")  # most precise first
@@ -39,11 +39,21 @@ class PlanError(SketchfleetError):
         self.plan = plan
 
 
+class Level(NamedTuple):
+    """How large a part a device takes: rows of its slice, and the share of values that travels."""
+
+    rank: int
+    density: float
+
+
 @dataclass(frozen=True)
 class PlanPolicy:
     """What the run asks for, and how far the planner may go below it.
 
-    An evaluate-only round has `local_steps` 0 and `evaluates_global`.
+    An evaluate-only round has `local_steps` 0 and `evaluates_global`. What varies between devices:
+    the rows of their slice, the share of values they send (FLASC), or nothing: then a device
+    trains the whole adapter or none. `complement`: a device gets the rows it does not train as a
+    frozen branch (Fed-PLoRA).
     """
 
     rank: int  # r
@@ -63,7 +73,13 @@ class PlanPolicy:
     min_local_steps: int = 1
     checkpointing: bool | Literal["auto"] = "auto"
     coverage: float = 1.0  # kappa: the sum of k is to reach kappa * r
-    heterogeneous: bool = True  # False: every device trains k = r or nothing
+    varies: Literal["rank", "density", "nothing"] = "rank"
+    density: float = 1.0  # the largest
+    most_rank: int | None = None  # no device gets more rows
+    files: tuple[tuple[Part, ...], ...] = (("up", "down"),)
+    update_parts: tuple[Part, ...] = ("up", "down")
+    side_rank: int = 0
+    complement: bool = False
     evaluates_global: bool = False
 
     @property
@@ -79,14 +95,22 @@ class PlanPolicy:
         return self.max_round_s if self.round_s is None else min(self.round_s, self.max_round_s)
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """Allowed k, ascending: multiples, and both ends whether they are multiples or not."""
-        if not self.heterogeneous:
-            return (self.rank,)
-        low = min(self.min_rank, self.rank)
+    def levels(self) -> tuple[Level, ...]:
+        """What a device may be given, ascending.
+
+        Ranks: multiples, and both ends whether they are multiples or not. Densities: halvings
+        down to the share that `min_rank` is of the rank.
+        """
+        if self.varies == "nothing":
+            return (Level(self.rank, self.density),)
+        most = min(self.rank, self.most_rank or self.rank)
+        low = min(self.min_rank, most)
+        if self.varies == "density":
+            halvings = max(0, math.floor(math.log2(self.density * self.rank / low) + 1e-9))
+            return tuple(Level(self.rank, self.density / 2**i) for i in range(halvings, -1, -1))
         step = max(1, self.rank_multiple)
-        inner = (k for k in range(low, self.rank) if k % step == 0)
-        return tuple(sorted({low, self.rank, *inner}))
+        inner = (k for k in range(low, most) if k % step == 0)
+        return tuple(Level(k, self.density) for k in sorted({low, most, *inner}))
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,7 @@ class DevicePlan:
     reason: str
     predicted: Cost
     predicted_peak_bytes: int
+    density: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,15 +148,21 @@ def plan_round(
     spec: AdapterSpec,
     policy: PlanPolicy,
     devices: Mapping[str, DeviceProfile],
+    most_rank: Mapping[str, int] | None = None,
 ) -> RoundPlan:
     """Plans one round. Raises `PlanError` when no device can take part.
 
-    A compute measurement of another base than the run's is not used.
+    most_rank: by device, rows it is to get at most (HetLoRA's self-pruning). A compute
+    measurement of another base than the run's is not used.
     """
-    sizes = _Sizes(spec, policy)
+    shared = _Sizes(spec, policy)
     left_out: dict[str, str] = {}
     fits: list[_Fit] = []
     for device_id in sorted(devices):
+        sizes = shared
+        if (cap := (most_rank or {}).get(device_id)) is not None:
+            most = min(cap, policy.most_rank or policy.rank)
+            sizes = _Sizes(spec, replace(policy, most_rank=most))
         found = _fit_memory(shape, sizes, device_id, _relevant(devices[device_id], spec))
         if isinstance(found, str):
             left_out[device_id] = found
@@ -167,28 +198,50 @@ class _Sizes:
 
     def __init__(self, spec: AdapterSpec, policy: PlanPolicy) -> None:
         self.spec, self.policy = spec, policy
-        self._slices: dict[int, tuple[int, int]] = {}
+        self._slices: dict[Level, tuple[int, int]] = {}
 
     @cached_property
     def global_bytes(self) -> int:
-        return packed_bytes(self.spec, self.policy.rank, self.policy.global_encoding)
+        """The whole adapter and, unless it is fetched to train beside anyway, its branch."""
+        p = self.policy
+        found = self._files(Level(p.rank, 1.0), p.global_encoding)
+        same = p.local_steps and not p.complement and p.global_encoding == p.slice_encoding
+        if p.side_rank and not same:
+            found += packed_bytes(self.spec, Payload(p.side_rank, p.global_encoding))
+        return found
 
-    def at(self, work: LocalWork, k: int) -> LocalWork:
-        """The same work with k rows."""
-        if k not in self._slices:
-            self._slices[k] = (
-                packed_bytes(self.spec, k, self.policy.slice_encoding),
-                packed_bytes(self.spec, k, self.policy.update_encoding),
-            )
-        down, up = self._slices[k] if work.local_steps else (0, 0)
-        return replace(work, rank=k, slice_bytes=down, update_bytes=up)
+    def at(self, work: LocalWork, level: Level) -> LocalWork:
+        """The same work at this level."""
+        p, k = self.policy, level.rank
+        side = p.side_rank + (p.rank - k if p.complement else 0)
+        if level not in self._slices:
+            down = self._files(level, p.slice_encoding)
+            if side:
+                down += packed_bytes(self.spec, Payload(side, p.slice_encoding))
+            up = Payload(k, p.update_encoding, p.update_parts, level.density)
+            self._slices[level] = (down, packed_bytes(self.spec, up))
+        down, up_bytes = self._slices[level] if work.local_steps else (0, 0)
+        return replace(
+            work,
+            rank=k,
+            density=level.density,
+            side_rank=side if work.local_steps else p.side_rank,
+            slice_bytes=down,
+            update_bytes=up_bytes,
+        )
+
+    def _files(self, level: Level, encoding: Encoding) -> int:
+        payloads = (
+            Payload(level.rank, encoding, parts, level.density) for parts in self.policy.files
+        )
+        return sum(packed_bytes(self.spec, payload) for payload in payloads)
 
     def wanted(self, precision: Precision, *, checkpointing: bool, evaluates: bool) -> LocalWork:
         """What the policy asks for, at its smallest k."""
         p = self.policy
         work = LocalWork(
             precision=precision,
-            rank=p.ranks[0],
+            rank=p.levels[0].rank,
             parameters_per_rank=self.spec.parameters_per_rank,
             global_rank=p.rank,
             sequence_tokens=p.sequence_tokens,
@@ -201,8 +254,9 @@ class _Sizes:
             slice_bytes=0,
             update_bytes=0,
             global_bytes=self.global_bytes if evaluates else 0,
+            dense_parameters=sum(t.out_features * t.in_features for t in self.spec.dense),
         )
-        return self.at(work, p.ranks[0])
+        return self.at(work, p.levels[0])
 
 
 @dataclass(frozen=True)
@@ -213,17 +267,18 @@ class _Fit:
     sizes: _Sizes
     device_id: str
     profile: DeviceProfile
-    work: LocalWork  # at the smallest k
-    memory_rank: int  # largest k in memory
+    work: LocalWork  # at the lowest level
+    levels: tuple[Level, ...]  # those that fit in memory, ascending
 
     def seconds(self, work: LocalWork) -> float:
         return round_seconds(self.shape, self.profile, work).total_s
 
     def largest(self, work: LocalWork, deadline_s: float) -> LocalWork | None:
-        """`work` with the largest k that memory and deadline allow; None if no k is."""
-        ranks = [k for k in self.sizes.policy.ranks if k <= self.memory_rank]
-        count = bisect_right(ranks, deadline_s, key=lambda k: self.seconds(self.sizes.at(work, k)))
-        return self.sizes.at(work, ranks[count - 1]) if count else None
+        """`work` at the highest level that memory and deadline allow; None if none is."""
+        count = bisect_right(
+            self.levels, deadline_s, key=lambda level: self.seconds(self.sizes.at(work, level))
+        )
+        return self.sizes.at(work, self.levels[count - 1]) if count else None
 
     def within(self, deadline_s: float) -> LocalWork | None:
         """The most work done by the deadline: k shrinks first, then steps, then measuring."""
@@ -282,6 +337,7 @@ class _Fit:
             reason=_reason(self, work, cost, peak, round_s),
             predicted=cost,
             predicted_peak_bytes=peak,
+            density=work.density,
         )
 
 
@@ -296,6 +352,7 @@ def _fit_memory(
     unless a device could not train beside it.
     """
     p = sizes.policy
+    levels = p.levels
     budget = profile.trainer_bytes
     precisions = AUTO_PRECISIONS if p.precision == "auto" else (p.precision,)
     for evaluates in p.measuring:
@@ -303,16 +360,15 @@ def _fit_memory(
         for precision in precisions:
             for work in _concessions(sizes, precision, evaluates=evaluates):
 
-                def peak(k: int, work: LocalWork = work) -> int:
-                    return device_peak_bytes(shape, profile, sizes.at(work, k))
+                def peak(level: Level, work: LocalWork = work) -> int:
+                    return device_peak_bytes(shape, profile, sizes.at(work, level))
 
-                count = bisect_right(p.ranks, budget, key=peak)
+                count = bisect_right(levels, budget, key=peak)
                 if not count:
                     continue
-                k = p.ranks[count - 1]
-                if best is None or k > best.memory_rank:
-                    best = _Fit(shape, sizes, device_id, profile, work, k)
-                if k == p.rank:
+                if best is None or count > len(best.levels):
+                    best = _Fit(shape, sizes, device_id, profile, work, levels[:count])
+                if count == len(levels):
                     return best
         if best is not None:
             return best
@@ -353,9 +409,9 @@ def _deadline(policy: PlanPolicy, fits: list[_Fit]) -> float:
     if policy.round_s is not None or not fits:
         return longest
 
-    def covered(deadline_s: float) -> int:
+    def covered(deadline_s: float) -> float:
         plans = (fit.largest(fit.work, deadline_s) for fit in fits)
-        return sum(work.rank for work in plans if work is not None)
+        return sum(w.rank * w.density / policy.density for w in plans if w is not None)
 
     low = max((s for fit in fits if (s := fit.shortest(longest)) is not None), default=0.0)
     target = min(policy.coverage * policy.rank, covered(longest))
@@ -373,21 +429,27 @@ def _reason(fit: _Fit, work: LocalWork, cost: Cost, peak: int, round_s: float) -
     """Which constraint binds k, in numbers, what the other would allow, and what was given up."""
     policy = fit.sizes.policy
     budget = fit.profile.trainer_bytes
-    if work.rank == policy.rank:
+    level, top = Level(work.rank, work.density), policy.levels[-1]
+    if level == top:
+        whole = "the whole rank fits" if level.rank == policy.rank else "no more rows are wanted"
         why = (
-            f"the whole rank fits; the round takes {_s(cost.total_s)} of {_s(round_s)}, "
+            f"{whole}; the round takes {_s(cost.total_s)} of {_s(round_s)}, "
             f"memory {_gb(peak)} of {_gb(budget)}"
         )
-    elif work.rank >= fit.memory_rank:
-        faster = replace(fit, memory_rank=policy.rank).largest(work, round_s)
+    elif level == fit.levels[-1]:
+        faster = replace(fit, levels=policy.levels).largest(work, round_s)
         allowed = faster.rank if faster else work.rank
         why = (
             f"memory of {_gb(budget)} allows no more at {work.precision} (this k needs "
             f"{_gb(peak)}); the {_s(round_s)} round would allow {allowed}"
         )
     else:
-        why = f"{_time_bound(fit, cost, round_s)}; memory would allow {fit.memory_rank}"
-    return "; ".join([f"k={work.rank}: {why}", *_concessions_made(policy, work)])
+        why = f"{_time_bound(fit, cost, round_s)}; memory would allow {_named(fit.levels[-1])}"
+    return "; ".join([f"k={_named(level)}: {why}", *_concessions_made(policy, work)])
+
+
+def _named(level: Level) -> str:
+    return f"{level.rank}" if level.density == 1 else f"{level.rank} at {level.density:.3g}"
 
 
 def _time_bound(fit: _Fit, cost: Cost, round_s: float) -> str:

@@ -7,6 +7,7 @@ never mixed: tables show the former, the slice's only where it says so.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,8 @@ def build_report(records: Records, run_id: str) -> RunReport:
     profiles = {d.device_id: d.profile for d in records.all_devices() if d.profile is not None}
     shares = {r.round: r.detail.get("share", {}) for r in history}
     spec = run.spec
-    dense = spec.rank * spec.parameters_per_rank * DENSE_BYTES_PER_VALUE
+    whole = sum(t.out_features * t.in_features for t in spec.dense)
+    dense = (spec.rank * spec.parameters_per_rank + whole) * DENSE_BYTES_PER_VALUE
     trained = sum(1 for r in history if r.phase == "merged" and not r.evaluate_only)
     opened = sum(1 for r in history if not r.evaluate_only)
     facts = [_fact(a, profiles, shares, spec.rank, dense) for a in given]
@@ -113,6 +115,8 @@ def build_report(records: Records, run_id: str) -> RunReport:
                 "seconds": None if r.closed_at is None else r.closed_at - r.opened_at,
                 "late": r.detail.get("late", []),
                 "aggregation_error": r.detail.get("aggregation_error"),
+                "aggregation_errors": r.detail.get("aggregation_errors", {}),
+                "aggregation_error_exact": r.detail.get("aggregation_error_exact"),
                 "merge_s": r.detail.get("merge_s"),
             }
             for r in history
@@ -221,6 +225,27 @@ def fairness_lines(report: RunReport) -> list[str]:
             f"{report.ratio_against_gain:+.2f}."
         )
     return lines
+
+
+ERROR_COLUMNS = ("projection", "layers", "median", "largest", "in")
+
+
+def error_table(report: RunReport) -> list[list[str]]:
+    """Aggregation error of the last merged round by kind of projection, as text cells.
+
+    ||merged - ideal|| / ||ideal||, the ideal being the weighted mean of the devices' products.
+    Empty for methods that have no global model. Every layer stands in the JSON form.
+    """
+    merged = [r["aggregation_errors"] for r in report.rounds if r["aggregation_errors"]]
+    kinds: dict[str, dict[str, float]] = {}
+    for module, error in (merged[-1] if merged else {}).items():
+        kinds.setdefault(module.rpartition(".")[2], {})[module] = error
+    rows = []
+    for kind, errors in kinds.items():
+        worst = max(errors, key=errors.__getitem__)
+        middle = statistics.median(errors.values())
+        rows.append([kind, str(len(errors)), f"{middle:.2e}", f"{errors[worst]:.2e}", worst])
+    return rows
 
 
 def reason_lines(report: RunReport) -> list[str]:

@@ -22,12 +22,14 @@ def rebuilt(
     if not history:
         return rounds.RunState()
     last = history[-1]
+    dropped = {name for r in history for name in r.detail.get("dropped", {})}
     here = [a for a in given if a.assignment.round == last.round]
     earlier = [
         a
         for a in given
         if a.assignment.trains
         and a.merged_in is None
+        and a.assignment.assignment_id not in dropped
         and (a.assignment.round < last.round or last.phase != "open")
     ]
     owed = rounds.RunState(

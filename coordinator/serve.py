@@ -21,7 +21,7 @@ from coordinator.service import add_services, make_server
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
-from profiles.model import ModelShape, base_digest, read_shape, resolve_base
+from profiles.model import ModelShape, base_digest, dense_tensors, read_shape, resolve_base
 from protos.contract import AdapterSpec, from_plain
 
 log = logging.getLogger("sketchfleet.coordinator")
@@ -47,6 +47,12 @@ def open_state(state: Path) -> tuple[Records, BlobStore]:
 def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape]:
     """The contract of a run over the base in `folder`. Raises `ModelError`."""
     shape = read_shape(folder)
+    modules = shape.modules(config.model.targets)
+    whole = config.model.modules_to_save
+    if both := sorted({m.name for m in modules} & set(whole)):
+        raise ServeError(
+            f"[model] {both[0]} is both adapted and trained whole; take it out of modules_to_save"
+        )
     spec = AdapterSpec(
         run_id=config.run.name,
         base=config.model.base,
@@ -56,7 +62,8 @@ def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape
         alpha=config.adapter.alpha,
         use_rslora=config.adapter.rslora,
         seed=config.run.seed,
-        modules=shape.modules(config.model.targets),
+        modules=modules,
+        dense=dense_tensors(folder, whole),
     )
     return spec, shape
 

@@ -2,7 +2,8 @@
 
 Everything between them is real: Link, gRPC over loopback, engine, database, blobs. A device's
 "training" is a seeded function of the slice it received, so two runs with the same assignments
-must end with the same bytes. Knows no torch; the base model is a handful of bytes.
+must end with the same bytes. What a device trains, keeps at home and sends follows from its
+assignment, so that any method can run. Knows no torch; the base model is a handful of bytes.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import struct
+import math
 import time
 from pathlib import Path
 
 import grpc
 import numpy as np
+from safetensors.numpy import save_file
 
 from coordinator.config import RunConfig
 from coordinator.engine import Engine
 from coordinator.enrolment import Enrolment, join_token
 from coordinator.serve import build_spec, open_state
 from coordinator.service import add_services, make_server
+from coordinator.state import StateFile, StateReader
 from edge_agent.link import Link
 from profiles.device import ComputeProfile, DeviceProfile
 from profiles.link import LinkProfile
@@ -34,7 +37,8 @@ from protos.contract import (
     ProfileRequest,
     from_message,
 )
-from protos.packing import Factors, pack, unpack
+from protos.packing import pack, unpack
+from protos.sketch import initial_down, slice_rows
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import reason_of
@@ -61,13 +65,20 @@ class Clock:
 
 
 def write_base(folder, dimensions=SMALL):
-    """A folder that passes for a Llama: dimensions, a tokenizer and weights that nobody reads."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A folder that passes for a Llama: dimensions, a tokenizer, and the weights at its end."""
+    if folder.exists():
+        return folder
+    folder.mkdir(parents=True)
     config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1,
               "vocab_size": 32, **dimensions}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    hidden, draw = dimensions["hidden_size"], np.random.default_rng(0)
+    weights = {
+        "model.norm.weight": np.ones(hidden, np.float32),
+        "lm_head.weight": draw.normal(size=(32, hidden)).astype(np.float32),
+    }
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 
@@ -87,7 +98,8 @@ def make_config(base, state, **sections):
     return RunConfig.model_validate(plain)
 
 
-def make_profile(base_digest, *, up_bps=100e6, tokens_per_s=2000.0, memory_bytes=8 * 10**9):
+def make_profile(base_digest, *, up_bps=100e6, down_bps=None, tokens_per_s=2000.0,
+                 memory_bytes=8 * 10**9):  # fmt: skip
     """A measured device; a slow link or processor makes the planner choose a smaller k."""
     return DeviceProfile(
         board="board of the test",
@@ -108,7 +120,7 @@ def make_profile(base_digest, *, up_bps=100e6, tokens_per_s=2000.0, memory_bytes
             sequence_tokens=64,
             micro_batch=4,
         ),
-        link=LinkProfile(up_bps=up_bps, down_bps=up_bps, rtt_s=0.01),
+        link=LinkProfile(up_bps=up_bps, down_bps=down_bps or up_bps, rtt_s=0.01),
     )
 
 
@@ -184,10 +196,21 @@ class Coordinator:
         """The record of one assignment."""
         return self.records.assignment(f"{self.engine.spec.run_id}.{round_}.{device}")
 
+    def model(self, version):
+        """The files of the global model after so many rounds, by role; None if there are none."""
+        found = self.records.model(self.engine.spec.run_id, version)
+        return found[1] if found is not None and found[0] == version else None
+
+    def reader(self, version):
+        """Reads the global model as it was after so many rounds."""
+        files = {role: StateFile(self.blobs.path(blob.digest), blob.payload)
+                 for role, blob in self.model(version).items()}  # fmt: skip
+        return StateReader(self.engine.spec, files)
+
     def digests(self):
-        """Blob of the global adapter after 0, 1, ... rounds."""
-        rounds = self.config.run.rounds
-        return [self.records.adapter_digest(self.engine.spec.run_id, v) for v in range(rounds + 1)]
+        """(role, blob) of every file of the global model after 0, 1, ... rounds."""
+        models = map(self.model, range(self.config.run.rounds + 1))
+        return [m and tuple(sorted((role, b.digest) for role, b in m.items())) for m in models]
 
     async def until(self, true, what, within_s=10.0):
         """Waits until `true()` holds."""
@@ -206,6 +229,7 @@ class Device:
         self.name, self.folder, self.profile = name, folder, profile
         self.folder.mkdir(parents=True, exist_ok=True)
         self.link = Link(address)
+        self.homes = {}  # by round: module -> (rows, what stayed at home)
 
     async def enroll(self, token):
         """Joins and says at the first poll what it is."""
@@ -227,16 +251,56 @@ class Device:
         raise AssertionError(f"{self.name} got no assignment within {within_s:.0f} s")
 
     async def train(self, spec, a):
-        """A packed update that depends on the slice as received and on the assignment's seed."""
-        received = unpack((await self.link.fetch(a.slice, self.folder)).read_bytes(), spec, a.rank,
-                          encoding=a.slice.encoding)  # fmt: skip
-        return self.write_update(spec, a, make_delta(received, a.seed))
+        """A packed update that depends on all that was received and on the assignment's seed."""
+        start = await self.start(spec, a)
+        side = await self.read((a.side,) if a.side else (), spec)
+        pull = math.tanh(sum(float(v.sum()) for parts in side.values() for v in parts.values()))
+        delta = make_delta(start, a.seed, a.trained, bias=1e-3 * pull)
+        self.homes[a.round] = {
+            name: (tuple(rows_of(spec, a, name)),
+                   {part: start[name][part] + delta[name][part] for part in a.personal})
+            for name in (module.name for module in spec.modules)
+        }  # fmt: skip
+        return self.write_update(spec, a, delta)
+
+    async def start(self, spec, a):
+        """What a device trains from, by tensor and part: its home, the slice, a draw, zeros."""
+        received = await self.read(a.slice, spec)
+        return self.completed(spec, a, received, a.rank, {*a.trained, *a.personal})
+
+    def completed(self, spec, a, received, rank, needed):
+        """An adapter of so many rows with what did not travel."""
+        newest = max((r for r in self.homes if r < a.round), default=None)
+        home = self.homes[newest] if newest is not None else {}
+        core = "core" in needed or any("core" in parts for parts in received.values())
+        whole = {}
+        for m in spec.modules:
+            shapes = {"up": (rank, m.out_features), "down": (rank, m.in_features)}
+            shapes |= {"core": (rank, rank)} if core else {}
+            drawn = {}
+            if a.fresh:
+                drawn["down"] = initial_down(spec.seed, m.name, rank, m.in_features,
+                                             round_=a.round, device_id=a.device_id)  # fmt: skip
+            rows, kept = home.get(m.name, ((), {}))
+            kept = kept if rows == tuple(rows_of(spec, a, m.name)) else {}
+            zeros = {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
+            whole[m.name] = {**zeros, **drawn, **received.get(m.name, {}), **kept}
+        return whole | {tensor.name: received[tensor.name] for tensor in spec.dense}
+
+    async def read(self, blobs, spec):
+        """What these files hold together: tensor -> part -> values. No part lies in two of them."""
+        found = {}
+        for blob in blobs:
+            path = await self.link.fetch(blob, self.folder)
+            for name, parts in unpack(path.read_bytes(), spec, blob.payload).items():
+                assert not found.get(name, {}).keys() & parts.keys(), f"{name} lies in two files"
+                found.setdefault(name, {}).update(parts)
+        return found
 
     def write_update(self, spec, a, delta):
-        """A delta as the file that would be pushed."""
+        """A delta as the file that would be pushed; of its parts, those to be sent."""
         path = self.folder / f"{a.assignment_id}.update"
-        path.write_bytes(pack(spec, a.rank, delta, encoding=a.update_encoding,
-                              assignment_digest=a.digest, seed=a.seed))  # fmt: skip
+        path.write_bytes(pack(spec, a.update, delta, assignment_digest=a.digest, seed=a.seed))
         return path
 
     async def push(self, a, path):
@@ -245,18 +309,29 @@ class Device:
         return await self.link.push(a.assignment_id, digest, path)
 
     async def report(self, spec, a):
-        """Reports; measures the whole adapter when it was sent along."""
-        measured = ()
-        if a.global_adapter is not None:
-            path = await self.link.fetch(a.global_adapter, self.folder)
-            whole = unpack(path.read_bytes(), spec, spec.rank, encoding=a.global_adapter.encoding)
-            size = float(np.sqrt(sum(np.square(f.up).sum() for f in whole.values())))
-            measured = (Evaluation("global", "received", 3.0 / (1 + size), 0.5, 1000),)
-        examples = 10 + len(self.name) if a.trains else 0
+        """Reports; measures the whole adapter when asked to."""
+        measured = []
+        if a.evaluates_global:
+            files = await self.read(a.global_adapter, spec)
+            whole = self.completed(spec, a, files, spec.rank, a.personal)
+            side = await self.read((a.global_side,) if a.global_side else (), spec)
+            ups = [parts["up"] for model in (whole, side) for parts in model.values()
+                   if "up" in parts]  # fmt: skip
+            size = float(np.sqrt(sum(np.square(up).sum() for up in ups)))
+            measured.append(Evaluation("global", "received", 3.0 / (1 + size), 0.5, 1000))
+        if a.trains:
+            loss = 1.0 + a.seed % 997 / 997
+            measured.append(Evaluation("slice", "received", loss, 0.5, 1000))
+        kept = 0
+        if a.trains and a.pruning is not None and a.seed % 2:
+            kept = max(1, math.floor(a.pruning.keep * a.rank + 1e-9))
         await self.link.report(
-            LocalReport(a.assignment_id, "done", evaluations=measured, train_examples=examples),
+            LocalReport(
+                a.assignment_id, "done", evaluations=tuple(measured),
+                train_examples=10 + len(self.name) if a.trains else 0, kept_rank=kept,
+            ),
             10.0,
-        )
+        )  # fmt: skip
 
     async def deliver(self, spec, a):
         """Does all that an assignment asks for."""
@@ -305,16 +380,26 @@ class Device:
         )
 
 
-def make_delta(received, seed, size=0.02):
-    """What a device "learnt": noise plus a pull towards zero, so wrong input gives wrong output."""
+def rows_of(spec, a, name):
+    """The global rows of a module that an assignment's slice holds."""
+    return slice_rows(spec, a, name).tolist()
+
+
+def make_delta(start, seed, trained=("up", "down", "core", "dense"), *, size=0.02, bias=0.0):
+    """What a device "learnt": noise plus a pull towards zero, so wrong input gives wrong output.
+
+    Parts that are not trained do not move.
+    """
     rng = np.random.default_rng(seed)
+
+    def moved(values):
+        return (size * rng.normal(size=values.shape) - 0.1 * values + bias).astype(np.float32)
+
     return {
-        name: Factors(
-            (size * rng.normal(size=part.up.shape) - 0.1 * part.up).astype(np.float32),
-            (size * rng.normal(size=part.down.shape) - 0.1 * part.down).astype(np.float32),
-        )
-        for name, part in received.items()
-    }
+        name: {part: moved(values) if part in trained else np.zeros_like(values)
+               for part, values in parts.items()}
+        for name, parts in start.items()
+    }  # fmt: skip
 
 
 class Fleet:

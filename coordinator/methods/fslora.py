@@ -6,74 +6,64 @@ Knows how rows that were drawn unevenly are put right; does not know how they we
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from coordinator.methods.base import (
+    MethodOptions,
+    ModuleState,
+    ModuleUpdate,
+    Normalisation,
+    RowMethod,
+    Scaling,
+    Shares,
+    UnknownMethodError,
+)
+from coordinator.methods.means import Steps, mean_over_owners, sum_of_changes
 
-from coordinator.lowrank import Bundle, Matrix64
-from coordinator.methods.base import Method, ModuleUpdate, UnknownMethodError, left_sum
-
-Normalisation = Literal["none", "ipw", "coverage"]
+Rule = Literal["none", "ipw", "coverage"]
 
 # The r/k in a sketch's gradient makes up for a row being drawn with probability k/r. SGD keeps
 # that factor in its step; Adam divides it out again, so there rows are averaged over their owners.
-DEFAULTS: dict[str, Normalisation] = {"adamw": "coverage", "sgd": "none"}
+DEFAULTS: dict[str, Rule] = {"adamw": "coverage", "sgd": "none"}
 
 
-class FSLoRA(Method):
-    """Federated Sketching LoRA (arXiv 2501.19389): scatter-add of weighted deltas.
+class FSLoRA(RowMethod):
+    """Federated Sketching LoRA: scatter-add of weighted changes of the rows of a sketch.
 
     | normalisation | a row moves by                                   | use with             |
     |---------------|--------------------------------------------------|----------------------|
-    | none          | sum of share * delta (the paper)                 | SGD on the device    |
-    | ipw           | sum of share * r/k * delta; unbiased, noisier    | Adam on the device   |
-    | coverage      | mean of delta over the devices that own the row  | Adam on the device   |
+    | none          | sum of share * change (the paper)                | SGD on the device    |
+    | ipw           | sum of share * r/k * change; unbiased, noisier   | Adam on the device   |
+    | coverage      | mean change over the devices that hold the row   | Adam on the device   |
 
     With k = r everywhere all three are FedIT, bit for bit.
     """
 
     name: ClassVar[str] = "fslora"
-    heterogeneous: ClassVar[bool] = True
+    paper: ClassVar[str] = "Federated Sketching LoRA (arXiv 2501.19389)"
+    options: ClassVar[tuple[str, ...]] = ("normalisation", "sketches")
+    scaling: ClassVar[Scaling] = "sketch"
 
-    def __init__(self, normalisation: Normalisation) -> None:
-        self.normalisation = normalisation
+    def __init__(self, options: MethodOptions) -> None:
+        self.rows = options.sketches
+        self.normalisation = resolve(options.normalisation, options.optimizer)
 
-    def step(
-        self, current: Bundle, updates: Sequence[ModuleUpdate], shares: NDArray[np.float64]
-    ) -> tuple[Matrix64, Matrix64]:
-        """What to add to up (r, m) and down (r, n)."""
-        rank = current.rank
-        up, down = np.zeros(current.up.shape), np.zeros(current.down.shape)
-        cover = np.zeros(rank)  # share of the fleet that owns each row
-        for update, share in zip(updates, shares, strict=True):
-            factor = share * (rank / update.k) if self.normalisation == "ipw" else share
-            up[update.rows] += factor * update.delta.up.astype(np.float64)
-            down[update.rows] += factor * update.delta.down.astype(np.float64)
-            cover[update.rows] += share
+    def step(self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares) -> Steps:
+        """The sum of changes under the normalisation."""
         if self.normalisation == "coverage":
-            # Shares need not add to exactly 1. Against their sum in the same order, a row that
-            # everybody owns has ratio exactly 1 and keeps its bits.
-            ratio = np.where(cover > 0, cover, 1.0) / left_sum(shares)
-            ratio[cover == 0] = 1.0
-            up /= ratio[:, None]
-            down /= ratio[:, None]
-        return up, down
+            return mean_over_owners(current, updates, shares)
+        if self.normalisation == "ipw":
+            shares = shares * [current.adapter.rank / update.k for update in updates]
+        return sum_of_changes(current, updates, shares)
 
 
-def resolve(normalisation: str, optimizer: str) -> Normalisation:
-    """The normalisation meant by "auto" for the devices' optimiser. Raises `UnknownMethodError`."""
-    if normalisation == "auto":
-        if optimizer not in DEFAULTS:
-            raise UnknownMethodError(
-                f"no default normalisation for optimizer {optimizer!r}; use "
-                f"{' or '.join(DEFAULTS)}, or name a normalisation"
-            )
-        return DEFAULTS[optimizer]
-    for known in get_args(Normalisation):
-        if normalisation == known:
-            return known  # type: ignore[no-any-return]
-    raise UnknownMethodError(
-        f"normalisation {normalisation!r} does not exist; choose auto, "
-        f"{', '.join(get_args(Normalisation))}"
-    )
+def resolve(normalisation: Normalisation, optimizer: str) -> Rule:
+    """The rule meant by "auto" for the devices' optimiser. Raises `UnknownMethodError`."""
+    if normalisation != "auto":
+        return normalisation
+    if optimizer not in DEFAULTS:
+        raise UnknownMethodError(
+            f"no default normalisation for optimizer {optimizer!r}; use "
+            f"{' or '.join(DEFAULTS)}, or name a normalisation"
+        )
+    return DEFAULTS[optimizer]

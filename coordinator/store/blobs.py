@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import uuid
 from pathlib import Path
 
 from profiles.errors import SketchfleetError
-from protos.contract import BlobRef, Encoding
-from protos.transfer import PartFile, write_durably
+from protos.contract import BlobRef, Payload
+from protos.transfer import PartFile, sha256_of, sync_folder, write_durably
 
 
 class UnknownBlobError(SketchfleetError):
@@ -15,11 +17,15 @@ class UnknownBlobError(SketchfleetError):
 
 
 class BlobStore:
-    """`root/ab/abcdef…` for finished blobs, `root/uploads/ID` for what is still arriving."""
+    """`root/ab/abcdef…` for finished blobs, `root/uploads/ID` for what is still arriving.
+
+    `root/drafts` holds files being written here; `drop_drafts` removes what a crash left.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "uploads").mkdir(parents=True, exist_ok=True)
+        (root / "drafts").mkdir(exist_ok=True)
         self._parts: dict[str, PartFile] = {}
 
     def path(self, digest: str) -> Path:
@@ -33,14 +39,34 @@ class BlobStore:
         """Whether the blob is kept here. Raises `UnknownBlobError` on what is no digest."""
         return self._place(digest).is_file()
 
-    def put(self, data: bytes, encoding: Encoding) -> BlobRef:
+    def put(self, data: bytes, payload: Payload) -> BlobRef:
         """Keeps bytes durably; idempotent."""
         digest = hashlib.sha256(data).hexdigest()
         path = self._place(digest)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, data)
-        return BlobRef(digest, len(data), encoding)
+        return BlobRef(digest, len(data), payload)
+
+    def draft(self) -> Path:
+        """A new path to write a large file to, then `adopt`."""
+        return self.root / "drafts" / uuid.uuid4().hex
+
+    def adopt(self, draft: Path, payload: Payload) -> BlobRef:
+        """Keeps a finished draft durably."""
+        with draft.open("rb") as stream:
+            os.fsync(stream.fileno())
+        digest, size = sha256_of(draft), draft.stat().st_size
+        target = self._place(digest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.replace(target)
+        sync_folder(target.parent)
+        return BlobRef(digest, size, payload)
+
+    def drop_drafts(self) -> None:
+        """Removes what an earlier life left half written."""
+        for path in (self.root / "drafts").iterdir():
+            path.unlink()
 
     def drop(self, digest: str) -> None:
         """Forgets a blob that nothing refers to any more."""

@@ -7,7 +7,7 @@ seconds. Facts travel in and out as the dataclasses of `protos.contract`, kept a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,16 @@ from sqlalchemy.dialects.sqlite import insert
 
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
-from protos.contract import AdapterSpec, Assignment, LocalReport, canonical_json, from_json
+from protos.contract import (
+    AdapterSpec,
+    Assignment,
+    BlobRef,
+    LocalReport,
+    canonical_json,
+    from_json,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _meta = sql.MetaData()
 
 runs = sql.Table(
@@ -45,7 +52,8 @@ adapters = sql.Table(
     "adapters", _meta,
     sql.Column("run_id", sql.String, primary_key=True),
     sql.Column("version", sql.Integer, primary_key=True),
-    sql.Column("digest", sql.String, nullable=False),
+    sql.Column("role", sql.String, primary_key=True),
+    sql.Column("blob", sql.Text, nullable=False),
 )  # fmt: skip
 rounds = sql.Table(
     "rounds", _meta,
@@ -191,14 +199,16 @@ class Records:
 
     # --- runs -----------------------------------------------------------------------------------
 
-    def add_run(self, spec: AdapterSpec, config: dict[str, Any], initial: str, at: float) -> None:
-        """Starts a run with version 0 of its adapter."""
+    def add_run(
+        self, spec: AdapterSpec, config: dict[str, Any], initial: Mapping[str, BlobRef], at: float
+    ) -> None:
+        """Starts a run with version 0 of its model, files by role."""
         with self._db() as db:
             db.execute(runs.insert().values(
                 run_id=spec.run_id, created_at=at, alive_at=at, config=json.dumps(config),
                 spec=canonical_json(spec).decode(),
             ))  # fmt: skip
-            db.execute(adapters.insert().values(run_id=spec.run_id, version=0, digest=initial))
+            _put_version(db, spec.run_id, 0, initial)
 
     def run(self, run_id: str) -> RunRecord | None:
         """The run of this name."""
@@ -221,19 +231,26 @@ class Records:
         with self._db() as db:
             db.execute(runs.update().where(runs.c.run_id == run_id).values(finished_at=at))
 
-    def adapter_digest(self, run_id: str, version: int | None = None) -> str | None:
-        """Blob of the global adapter: after `version` rounds, or the latest."""
-        query = sql.select(adapters.c.digest).where(adapters.c.run_id == run_id)
-        if version is not None:
-            query = query.where(adapters.c.version == version)
+    def model(
+        self, run_id: str, at_most: int | None = None
+    ) -> tuple[int, dict[str, BlobRef]] | None:
+        """(version, its files by role) of the newest version, no newer than `at_most` rounds."""
+        newest = sql.select(sql.func.max(adapters.c.version)).where(adapters.c.run_id == run_id)
+        if at_most is not None:
+            newest = newest.where(adapters.c.version <= at_most)
         with self._db() as db:
-            return db.execute(query.order_by(adapters.c.version.desc()).limit(1)).scalar()
+            version = db.execute(newest).scalar()
+            if version is None:
+                return None
+            here = (adapters.c.run_id == run_id) & (adapters.c.version == version)
+            rows = db.execute(adapters.select().where(here)).all()
+        return version, {row.role: from_json(BlobRef, row.blob) for row in rows}
 
-    def adapter_digests(self, run_id: str) -> list[str]:
-        """Blobs of all versions of the global adapter."""
-        query = sql.select(adapters.c.digest).where(adapters.c.run_id == run_id)
+    def model_digests(self, run_id: str) -> set[str]:
+        """Blobs of all versions."""
+        query = sql.select(adapters.c.blob).where(adapters.c.run_id == run_id)
         with self._db() as db:
-            return list(db.execute(query).scalars())
+            return {from_json(BlobRef, text).digest for text in db.execute(query).scalars()}
 
     # --- devices --------------------------------------------------------------------------------
 
@@ -306,19 +323,13 @@ class Records:
         self._set_round(run_id, round_, phase="merging", detail=json.dumps(detail), closed_at=at)
 
     def publish_round(
-        self, run_id: str, round_: int, digest: str | None, merged: Sequence[str],
+        self, run_id: str, round_: int, files: Mapping[str, BlobRef], merged: Sequence[str],
         detail: dict[str, Any], at: float,
     ) -> None:  # fmt: skip
-        """Commits the merged adapter, its receipts and its ledger facts together."""
+        """Commits the merged model (no files: it stays as it was), receipts and ledger facts."""
         with self._db() as db:
-            if digest is not None:
-                db.execute(
-                    insert(adapters)
-                    .values(run_id=run_id, version=round_ + 1, digest=digest)
-                    .on_conflict_do_update(
-                        index_elements=["run_id", "version"], set_={"digest": digest}
-                    )
-                )
+            if files:
+                _put_version(db, run_id, round_ + 1, files)
             db.execute(
                 assignments.update()
                 .where(assignments.c.assignment_id.in_(list(merged)))
@@ -423,6 +434,17 @@ class Records:
         with self._db() as db:
             rows = db.execute(uploads.select().where(uploads.c.assignment_id == assignment_id))
             return [_upload(row) for row in rows]
+
+
+def _put_version(
+    db: sql.Connection, run_id: str, version: int, files: Mapping[str, BlobRef]
+) -> None:
+    here = (adapters.c.run_id == run_id) & (adapters.c.version == version)
+    db.execute(adapters.delete().where(here))
+    for role, blob in files.items():
+        db.execute(adapters.insert().values(
+            run_id=run_id, version=version, role=role, blob=canonical_json(blob).decode()
+        ))  # fmt: skip
 
 
 def _configure(connection: Any, _: Any) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from coordinator.config import ConfigError, RunConfig, load_config
+from coordinator.config import ConfigError, MethodSection, RunConfig, load_config
+from coordinator.methods import METHODS, MethodOptions, RowMethod
+from coordinator.methods import make as make_method
+from coordinator.server_optimizer import Adam, Momentum, Plain
 
 LEAST = '[run]\nname = "trial"\n[model]\nbase = "org/base"\n'
 
@@ -109,6 +112,169 @@ def test_the_home_folder_is_understood(load, monkeypatch, tmp_path):
 )
 def test_what_is_wrong_is_named(load, text, sentence):
     refused(load, text, sentence)
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+every_method = pytest.mark.parametrize("name", METHODS)
+OPTIONS = {
+    "normalisation": '"ipw"', "sketches": '"independent"', "energy": "0.5",
+    "regularisation": "0.5", "side_rank": "3", "density": "0.5", "prune_keep": "0.5",
+    "prune_penalty": "0.5",
+}  # fmt: skip
+
+
+def method_of(name):
+    return make_method(name, MethodOptions(rank=8))
+
+
+def with_method(name, *lines, more=""):
+    return LEAST + f'[method]\nname = "{name}"\n' + "\n".join(lines) + "\n" + more
+
+
+def test_the_options_are_those_of_the_methods():
+    """A key of [method] is an option of `MethodOptions` of the same default, and of some method."""
+    assert set(OPTIONS) == set(MethodSection.model_fields) - {"name"}
+    assert set(OPTIONS) == {key for method in METHODS.values() for key in method.options}
+    defaults = MethodOptions(rank=1)
+    for key in OPTIONS:
+        assert MethodSection.model_fields[key].default == getattr(defaults, key)
+
+
+@every_method
+@pytest.mark.parametrize("key", OPTIONS)
+def test_an_option_is_taken_by_the_methods_that_use_it_and_refused_by_the_others(load, name, key):
+    text = with_method(name, f"{key} = {OPTIONS[key]}")
+    options = METHODS[name].options
+    if key in options:
+        assert load(text).make_method().name == name
+        return
+    takes = ", ".join(options) or "no options"
+    refused(load, text, rf"\[method\] {key} is not for {name}, which takes {takes}")
+
+
+@every_method
+def test_a_method_needs_no_options(load, name):
+    config = load(with_method(name))
+    assert config.make_method().name == name
+    assert isinstance(config.make_server_optimizer(), Plain)
+
+
+@every_method
+def test_every_configuration_survives_the_database(load, name):
+    """A run's record names every key; read back, it must not be taken for a wrong run.toml."""
+    config = load(with_method(name))
+    stored = config.model_dump(mode="json")
+    assert RunConfig.model_validate(stored) == config
+    assert RunConfig.model_validate(stored).make_method().name == name
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (["name = 'fedsgd'"], r"method 'fedsgd' does not exist.*choose.* fslora, fedit"),
+        (["name = 'florist'", "energy = 0"], r"\[method\] energy: .*greater than 0"),
+        (["name = 'florist'", "energy = 1.5"], r"\[method\] energy: .*less than or equal to 1"),
+        (["name = 'flasc'", "density = 0"], r"\[method\] density: .*greater than 0"),
+        (
+            ["name = 'flora'", "side_rank = -1"],
+            r"\[method\] side_rank: .*greater than or equal to 0",
+        ),
+        (["name = 'hetlora'", "prune_keep = 1"], r"\[method\] prune_keep: .*less than 1"),
+        (
+            ["name = 'fslora'", "normalisation = 'mean'"],
+            r"\[method\] normalisation: .*'auto', 'none'",
+        ),
+        (["name = 'fed-plora'", "sketches = 'prefix'"], r"\[method\] sketches: .*'stratified' or"),
+        (["name = 'lora-fair'", "regularisation = inf"], r"\[method\] regularisation: .*finite"),
+        (["energie = 0.5"], r"unknown key 'energie' in \[method\]; did you mean 'energy'"),
+    ],
+)
+def test_options_out_of_range_are_named(load, lines, sentence):
+    refused(load, LEAST + "[method]\n" + "\n".join(lines), sentence)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        ("name = 'momentum'\nbeta1 = 0.5", Momentum),
+        ("name = 'adam'\nlearning_rate = 0.01", Adam),
+        ("learning_rate = 0.5", Plain),
+    ],
+)
+def test_a_server_optimiser_is_for_methods_that_keep_their_rows(load, name, lines, kind):
+    text = with_method(name, more=f"[server_optimizer]\n{lines}\n")
+    if issubclass(METHODS[name], RowMethod):
+        assert type(load(text).make_server_optimizer()) is kind
+        return
+    refused(
+        load, text, rf"\[server_optimizer\] \w+ cannot be used with {name}: .*leave the section"
+    )
+
+
+@every_method
+@pytest.mark.parametrize(("section", "key"), [
+    ("training", "keep_optimizer"), ("wire", "error_feedback"),
+])  # fmt: skip
+def test_what_devices_keep_is_refused_where_rows_do_not_stay(load, name, section, key):
+    text = with_method(name, more=f"[{section}]\n{key} = true\n")
+    method = method_of(name)
+    # A residual in rows that are scaled by the rank is wrong once the rank is another.
+    rescaled = key == "error_feedback" and method.heterogeneous and method.scaling == "common"
+    if method.keeps_basis and not rescaled:
+        assert getattr(getattr(load(text), section), key) is True
+        return
+    refused(load, text, rf"\[{section}\] {key} cannot be used with {name}: .*set it to false")
+
+
+# --- fairness -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["samples", "uniform", "q-ffl", "afl", "term"])
+def test_every_weight_rule_is_made_with_its_options(load, rule):
+    config = load(LEAST + f'[fairness]\nweights = "{rule}"\nq = 2\nt = -1\nstep = 0.5\n')
+    made = config.make_weight_rule()
+    assert made.name == rule
+    assert (made.options.q, made.options.t, made.options.step) == (2.0, -1.0, 0.5)
+
+
+def test_propfair_is_taken_with_its_ceiling(load):
+    config = load(LEAST + '[fairness]\nloss = "propfair"\npropfair_ceiling = 6\n')
+    assert (config.fairness.propfair_ceiling, config.fairness.propfair_margin) == (6.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("weights = 'fair'", "weights 'fair' do not exist; choose samples, uniform, q-ffl"),
+        ("weights = 'q-ffl'\nq = -1", r"\[fairness\] q: .*greater than or equal to 0"),
+        ("weights = 'afl'\nstep = 0", r"\[fairness\] step: .*greater than 0"),
+        ("weights = 'term'\nt = nan", r"\[fairness\] t: .*finite"),
+        ("loss = 'propfair'", "propfair needs propfair_ceiling .*about 1.5 times the highest loss"),
+        ("loss = 'propfair'\npropfair_ceiling = 0.1", "needs propfair_ceiling above propfair_mar"),
+        ("propfair_ceiling = 6", 'propfair_ceiling needs loss = "propfair"'),
+        ("loss = 'fair'", r"\[fairness\] loss: .*'plain' or 'propfair'"),
+    ],
+)
+def test_fairness_that_cannot_be_is_named(load, lines, sentence):
+    refused(load, LEAST + f"[fairness]\n{lines}\n", sentence)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("name = 'sgd'", r"\[server_optimizer\] name: .*'plain', 'momentum' or 'adam'"),
+        ("learning_rate = 0", r"\[server_optimizer\] learning_rate: .*greater than 0"),
+        ("beta1 = 1", r"\[server_optimizer\] beta1: .*less than 1"),
+        ("tau = 0", r"\[server_optimizer\] tau: .*greater than 0"),
+    ],
+)
+def test_a_server_optimiser_that_cannot_be_is_named(load, lines, sentence):
+    refused(load, LEAST + f"[server_optimizer]\n{lines}\n", sentence)
+
+
+# --- addresses and files ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:8470", "192.168.1.5:8470", "[::]:8470", "host:8470"])

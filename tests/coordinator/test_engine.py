@@ -16,12 +16,12 @@ import pytest
 
 from coordinator.engine import Engine
 from coordinator.issuing import recorded_plans
-from coordinator.merge import StoredUpdate, adapter_from_factors, adapter_to_factors, merge_round
+from coordinator.merge import Merger, StoredUpdate
 from coordinator.report import build_report
 from coordinator.serve import build_spec, load_recorded, open_state
 from edge_agent.link import RefusedError
 from protos.contract import LocalReport, Reason, RefusalError
-from protos.packing import pack, packed_bytes, unpack
+from protos.packing import packed_bytes, unpack
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.transfer import crc32
 
@@ -31,7 +31,7 @@ AFTER_DEADLINE_S = 13.0  # a round of 10 s and its grace
 
 @pytest.fixture(scope="session")
 def undisturbed(harness, tmp_path_factory):
-    """Adapter digests of a run in which nothing happens."""
+    """Digests of the models of a run in which nothing happens."""
 
     async def run():
         async with harness.fleet(tmp_path_factory.mktemp("undisturbed")) as fleet:
@@ -52,7 +52,7 @@ async def test_three_unequal_devices_finish_a_run(harness, tmp_path):
         for name, given in done.items():
             assert [a.round for a in given] == [0, 1, 2, 3]
             assert [a.trains for a in given] == [True, True, True, False]
-            measured = [a.global_adapter is not None for a in given]
+            measured = [a.evaluates_global and bool(a.global_adapter) for a in given]
             assert measured == [True, False, True, True], f"{name} measured in {measured}"
         assert run.state.phase == "finished" and run.engine.told_finished()
         assert len(set(run.digests())) == 4, "every round was to change the adapter"
@@ -268,13 +268,13 @@ async def test_a_late_update_counts_in_the_next_round_at_a_discount(harness, tmp
                                 record.report.train_examples * discount)  # fmt: skip
 
         fresh = [stored(1, name, 1.0) for name in harness.NAMES]
-        before = unpack(run.blobs.path(run.digests()[1]).read_bytes(), spec, spec.rank)
-        expected = merge_round(
-            spec, run.engine._method, adapter_from_factors(spec, before),
-            [*fresh, stored(0, "cedar", 1 / math.sqrt(2))],
-        )  # fmt: skip
-        packed = pack(spec, spec.rank, adapter_to_factors(expected.adapter), encoding="float32")
-        assert hashlib.sha256(packed).hexdigest() == run.digests()[2]
+        late = stored(0, "cedar", 1 / math.sqrt(2))
+        merger = Merger(spec, run.config.make_method(), run.config.make_server_optimizer(),
+                        run.reader, lambda role: tmp_path / role)  # fmt: skip
+        expected = merger.merge(1, 2, run.reader(1), [*fresh, late]).files
+        assert [(role, sha256(f.path.read_bytes())) for role, f in expected.items()] == list(
+            run.digests()[2]
+        )
 
 
 async def test_an_update_older_than_the_run_accepts_is_refused(harness, tmp_path):
@@ -333,6 +333,45 @@ async def test_what_was_refused_as_too_late_stays_out_after_a_restart(harness, t
         assert run.state.late == (), "a restart was to change nothing"
 
 
+# --- weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "power"), [("samples", 0), ("q-ffl", 2)])
+async def test_updates_weigh_what_their_reports_say(harness, tmp_path, rule, power):
+    fairness = {"weights": rule, "q": 2.0}
+    async with harness.fleet(tmp_path, fairness=fairness, run={"rounds": 1}) as fleet:
+        await fleet.finish()
+        run = fleet.coordinator
+        given = [a for a in run.records.assignments("run", 0) if a.assignment.trains]
+        losses = [a.report.evaluation("slice", "received").loss for a in given]
+        expected = [a.report.train_examples * (loss / max(losses)) ** power
+                    for a, loss in zip(given, losses, strict=True)]  # fmt: skip
+        detail = run.records.all_rounds("run")[0].detail
+        assert list(detail["weights"]) == [a.assignment.assignment_id for a in given]
+        assert list(detail["weights"].values()) == pytest.approx(expected, rel=1e-6)
+
+
+async def test_a_late_updates_weight_is_discounted_before_the_rule(harness, tmp_path):
+    clock = harness.Clock()
+    async with harness.fleet(tmp_path, clock=clock, fairness={"weights": "q-ffl", "q": 1.0},
+                             **LATE_FLEET) as fleet:  # fmt: skip
+        run, cedar = fleet.coordinator, fleet["cedar"]
+        spec, a, update = await close_without_cedar(fleet, clock)
+        await round_opened(fleet, 1)
+        await cedar.push(a, update)
+        await cedar.report(spec, a)
+        await fleet.round()
+        await round_opened(fleet, 2)
+        weights = run.records.all_rounds("run")[1].detail["weights"]
+        voices = {n: run.assignment(*n).report for n in [(0, "cedar"), (1, "ash"), (1, "cedar")]}
+        plain = {n: r.train_examples * r.evaluation("slice", "received").loss
+                 for n, r in voices.items()}  # fmt: skip
+        ratio = weights["run.0.cedar"] / weights["run.1.ash"]
+        assert ratio == pytest.approx(plain[0, "cedar"] / plain[1, "ash"] / math.sqrt(2))
+        ratio = weights["run.1.cedar"] / weights["run.1.ash"]
+        assert ratio == pytest.approx(plain[1, "cedar"] / plain[1, "ash"])
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 ONE = {"names": ("ash",), "round": {"min_devices": 1}}
@@ -357,7 +396,7 @@ def sha256(data):
 async def test_an_update_of_the_wrong_size_is_refused_before_a_byte_is_taken(harness, tmp_path):
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, update = await one_device(fleet)
-        expected = packed_bytes(spec, a.rank, a.update_encoding)
+        expected = packed_bytes(spec, a.update)
         assert update.stat().st_size == expected
         update.write_bytes(update.read_bytes() + b"x")
         with pytest.raises(RefusedError, match=f"update of {expected + 1:,} bytes") as told:
@@ -385,12 +424,13 @@ async def test_a_bad_update_does_not_take_a_kept_blob_with_it(harness, tmp_path)
     exact = {"update": "float32", "slice": "float32"}
     async with harness.fleet(tmp_path, wire=exact, **ONE) as fleet:
         device, _, a, _ = await one_device(fleet)
-        assert a.slice.digest == fleet.coordinator.digests()[0]
-        slice_ = await device.link.fetch(a.slice, tmp_path)
+        (blob,) = a.slice
+        assert (("adapter", blob.digest),) == fleet.coordinator.digests()[0]
+        slice_ = await device.link.fetch(blob, tmp_path)
         with pytest.raises(RefusedError) as told:
             await device.push(a, slice_)
         assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
-        assert sha256(fleet.coordinator.blobs.path(a.slice.digest).read_bytes()) == a.slice.digest
+        assert sha256(fleet.coordinator.blobs.path(blob.digest).read_bytes()) == blob.digest
         await fleet.finish()
 
 
@@ -398,7 +438,7 @@ async def test_an_update_trained_for_another_assignment_is_refused(harness, tmp_
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, update = await one_device(fleet)
         other = replace(a, reason="another")
-        received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
+        received = unpack(update.read_bytes(), spec, a.update, assignment_digest=a.digest)
         with pytest.raises(RefusedError, match="answers an earlier attempt") as told:
             await device.push(a, device.write_update(spec, other, received))
         assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
@@ -410,7 +450,7 @@ async def test_a_second_update_for_an_assignment_is_refused(harness, tmp_path):
         await device.push(a, update)
         first = sha256(update.read_bytes())
         await device.push(a, update)  # the same again is no second one
-        received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
+        received = unpack(update.read_bytes(), spec, a.update, assignment_digest=a.digest)
         second = device.write_update(spec, a, harness.make_delta(received, 99))
         with pytest.raises(RefusedError, match="the first one stands") as told:
             await device.push(a, second)
@@ -422,7 +462,7 @@ async def test_of_two_updates_begun_side_by_side_only_one_gets_a_receipt(harness
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, update = await one_device(fleet)
         first = update.read_bytes()
-        received = unpack(first, spec, a.rank, assignment_digest=a.digest)
+        received = unpack(first, spec, a.update, assignment_digest=a.digest)
         second = device.write_update(spec, a, harness.make_delta(received, 99)).read_bytes()
         ids = []
         for data in (first, second):
@@ -441,7 +481,7 @@ async def test_of_two_updates_committed_at_once_only_one_gets_a_receipt(harness,
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, update = await one_device(fleet)
         first = update.read_bytes()
-        received = unpack(first, spec, a.rank, assignment_digest=a.digest)
+        received = unpack(first, spec, a.update, assignment_digest=a.digest)
         second = device.write_update(spec, a, harness.make_delta(received, 99)).read_bytes()
         ids = []
         for data in (first, second):
@@ -466,8 +506,8 @@ async def test_an_assignment_of_another_device_cannot_be_answered(harness, tmp_p
             with pytest.raises(RefusedError, match="not this device's") as told:
                 await call
             assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
-        begun = await fleet["birch"].begin(a.assignment_id, "0" * 64, packed_bytes(
-            spec, a.rank, a.update_encoding))  # fmt: skip
+        size = packed_bytes(spec, a.update)
+        begun = await fleet["birch"].begin(a.assignment_id, "0" * 64, size)
         stolen = ash.put(begun.upload_id, 0, b"x", crc32(b"x"))
         assert await harness.reason_for(stolen) is Reason.UNKNOWN_ASSIGNMENT
         assert await harness.reason_for(ash.commit("nonsense")) is Reason.UNKNOWN_UPLOAD
@@ -566,8 +606,8 @@ async def test_numbers_that_are_none_are_refused_in_reports(harness, tmp_path):
 async def test_an_update_that_moves_weights_beyond_reason_is_refused(harness, tmp_path):
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, update = await one_device(fleet)
-        received = unpack(update.read_bytes(), spec, a.rank, assignment_digest=a.digest)
-        huge = {n: replace(f, up=f.up + np.float32(1e30)) for n, f in received.items()}
+        received = unpack(update.read_bytes(), spec, a.update, assignment_digest=a.digest)
+        huge = {n: {**f, "up": f["up"] + np.float32(1e30)} for n, f in received.items()}
         with pytest.raises(RefusedError, match="training diverged") as told:
             await device.push(a, device.write_update(spec, a, huge))
         assert told.value.reason is Reason.BAD_UPDATE
@@ -577,15 +617,15 @@ async def test_what_is_over_leaves_neither_parts_nor_slices_behind(harness, tmp_
     async with harness.fleet(tmp_path, names=("ash",), run={"rounds": 4},
                              round={"min_devices": 1, "late_rounds": 0}) as fleet:  # fmt: skip
         spec, a = await fleet["ash"].take()
-        size = packed_bytes(spec, a.rank, a.update_encoding)
+        size = packed_bytes(spec, a.update)
         for number in range(5):
             await fleet["ash"].begin(a.assignment_id, sha256(bytes([number])), size)
         assert len(fleet.coordinator.blobs.parts()) == 1
         await fleet.finish()
         blobs, records = fleet.coordinator.blobs, fleet.coordinator.records
         assert blobs.parts() == []
-        assert not blobs.holds(a.slice.digest)
-        assert all(blobs.holds(d) for d in records.adapter_digests(spec.run_id))
+        assert not any(blobs.holds(blob.digest) for blob in a.slice)
+        assert all(blobs.holds(d) for d in records.model_digests(spec.run_id))
 
 
 async def test_a_restarted_agent_need_not_measure_again(harness, tmp_path):

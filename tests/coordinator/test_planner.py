@@ -7,11 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.planner import DevicePlan, PlanError, PlanPolicy, RoundPlan, plan_round
+from coordinator.planner import DevicePlan, Level, PlanError, PlanPolicy, RoundPlan, plan_round
 from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
 from profiles.link import LinkProfile
-from profiles.model import ModelShape
-from protos.contract import AdapterSpec, from_plain, to_plain
+from profiles.model import ModelShape, ModuleShape
+from protos.contract import AdapterSpec, Payload, from_plain, to_plain
+from protos.packing import packed_bytes
 
 GIB = 2**30
 SMALL = ModelShape("llama", 576, 30, 9, 3, 64, 1536, 49152, True)  # SmolLM2-135M
@@ -48,12 +49,15 @@ def device(
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def plan(devices: dict[str, DeviceProfile], **changes: object) -> RoundPlan:
-    return plan_round(SMALL, SPEC, policy(**changes), devices)
+def plan(
+    devices: dict[str, DeviceProfile], most: dict[str, int] | None = None, **changes: object
+) -> RoundPlan:
+    return plan_round(SMALL, SPEC, policy(**changes), devices, most)
 
 
-def one(profile: DeviceProfile, **changes: object) -> DevicePlan:
-    (found,) = plan({"a": profile}, **changes).devices
+def one(profile: DeviceProfile, most: int | None = None, **changes: object) -> DevicePlan:
+    caps = None if most is None else {"a": most}
+    (found,) = plan({"a": profile}, caps, **changes).devices
     return found
 
 
@@ -115,7 +119,7 @@ def test_chosen_round_never_exceeds_the_longest_nor_waits_for_the_unreachable() 
 
 def test_fedit_gives_everybody_the_whole_rank_or_leaves_them_out() -> None:
     fleet = {"a": device(), "b": device(up_mbps=20), "c": device(up_mbps=0.1)}
-    found = plan(fleet, heterogeneous=False)
+    found = plan(fleet, varies="nothing")
     assert {p.device_id: p.rank for p in found.devices} == {"a": 32, "b": 32}
     assert "rank 32" in found.left_out["c"]
 
@@ -174,8 +178,13 @@ def test_evaluate_only_round_moves_and_trains_nothing_else() -> None:
 
 
 def test_rank_multiples_are_kept_but_both_ends_are_allowed() -> None:
-    assert policy(rank=30, rank_multiple=8, min_rank=2).ranks == (2, 8, 16, 24, 30)
-    assert policy(rank=16, heterogeneous=False).ranks == (16,)
+    def ranks(**changes: object) -> tuple[int, ...]:
+        return tuple(level.rank for level in policy(**changes).levels)
+
+    assert ranks(rank=30, rank_multiple=8, min_rank=2) == (2, 8, 16, 24, 30)
+    assert ranks(rank=30, rank_multiple=8, min_rank=2, most_rank=20) == (2, 8, 16, 20)
+    assert ranks(rank=30, rank_multiple=8, min_rank=9, most_rank=5) == (5,)
+    assert ranks(rank=16, varies="nothing") == ranks(rank=16, min_rank=16) == (16,)
 
 
 def test_measurement_of_another_base_is_not_used() -> None:
@@ -186,6 +195,137 @@ def test_measurement_of_another_base_is_not_used() -> None:
 def test_plan_survives_its_plain_form() -> None:
     found = one(device())
     assert from_plain(DevicePlan, json.loads(json.dumps(to_plain(found)))) == found
+
+
+# --- what methods vary --------------------------------------------------------------------------
+
+
+def test_where_density_varies_everybody_gets_all_rows_and_a_slow_link_sends_fewer_values() -> None:
+    mbps = {"a": 50.0, "b": 1.2, "c": 0.7}
+    fleet = {name: device(up_mbps=rate) for name, rate in mbps.items()}
+    found = plan(fleet, varies="density", density=0.5, min_rank=1, local_steps=2)
+    assert {p.rank for p in found.devices} == {32}
+    dense = {p.device_id: p.density for p in found.devices}
+    assert dense["a"] == 0.5 > dense["b"] >= dense["c"]
+    for p in found.devices:
+        update = Payload(32, "int8", density=p.density)
+        assert p.predicted.up_bytes == packed_bytes(SPEC, update)
+        slice_ = Payload(32, "bfloat16", density=p.density)
+        assert p.predicted.down_bytes == packed_bytes(SPEC, slice_)
+    slow = next(p for p in found.devices if p.device_id == "b")
+    assert slow.reason.startswith(f"k=32 at {slow.density:g}: sending ")
+    assert "memory would allow 32 at 0.5" in slow.reason
+
+
+@pytest.mark.parametrize(
+    ("density", "min_rank", "densities"),
+    [
+        (0.5, 1, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)),
+        (0.25, 8, (0.25,)),
+        (0.25, 5, (0.25,)),
+        (0.3, 4, (0.15, 0.3)),
+        (0.25, 32, (0.25,)),  # less than min_rank's share: still what was asked for
+        (0.9, 32, (0.9,)),
+    ],
+)
+def test_densities_are_halved_down_to_the_share_of_the_least_rank(
+    density: float, min_rank: int, densities: tuple[float, ...]
+) -> None:
+    levels = policy(varies="density", density=density, min_rank=min_rank).levels
+    assert levels == tuple(Level(32, d) for d in densities)
+
+
+def test_a_device_that_pruned_itself_gets_no_more_rows_than_it_kept() -> None:
+    fleet = {"a": device(), "b": device()}
+    found = plan(fleet, {"a": 20})
+    assert {p.device_id: p.rank for p in found.devices} == {"a": 20, "b": 32}
+    assert "k=20: no more rows are wanted; the round takes" in found.devices[0].reason
+    assert one(device(), 3, min_rank=8).rank == 3, "its own tail is not given back to it"
+    slow = device(up_mbps=1.2)
+    assert one(slow, 30, local_steps=2).rank == one(slow, local_steps=2).rank < 30
+
+
+def test_no_device_gets_rows_that_are_of_no_use() -> None:
+    assert one(device(), most_rank=5).rank == 5
+    assert "no more rows are wanted" in one(device(), most_rank=5).reason
+    assert one(device(), 3, most_rank=5).rank == one(device(), 5, most_rank=3).rank == 3
+
+
+def test_a_branch_beside_the_base_takes_memory_time_and_bytes() -> None:
+    plain, beside = one(device()), one(device(), side_rank=64)
+    held = 4 * 64 * SPEC.parameters_per_rank
+    assert beside.predicted_peak_bytes - plain.predicted_peak_bytes == pytest.approx(
+        1.07 * held, rel=0.01
+    )
+    branch = packed_bytes(SPEC, Payload(64, "bfloat16"))
+    assert beside.predicted.down_bytes - plain.predicted.down_bytes == branch
+    assert beside.predicted.up_bytes == plain.predicted.up_bytes
+    assert beside.predicted.train_s > plain.predicted.train_s
+    slow = device(up_mbps=2)
+    assert one(slow, side_rank=16, local_steps=2).rank < one(slow, local_steps=2).rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "files", "branches"),
+    [
+        # The branch that a device trains beside is the one it evaluates beside.
+        ({}, {"slice": 1, "whole": 1}, {"bfloat16": 1}),
+        ({"global_encoding": "float32"}, {"slice": 1, "whole": 1}, {"bfloat16": 1, "float32": 1}),
+        ({"local_steps": 0}, {"whole": 1}, {"bfloat16": 1}),
+        ({"local_steps": 0, "files": ()}, {}, {"bfloat16": 1}),
+        ({"files": ()}, {}, {"bfloat16": 1}),
+    ],
+)
+def test_what_is_fetched_to_evaluate_counts_the_branch_once(
+    changes: dict[str, object], files: dict[str, int], branches: dict[str, int]
+) -> None:
+    found = one(device(), evaluates_global=True, side_rank=64, **changes)
+    asked = policy(**changes)
+    expected = sum(packed_bytes(SPEC, Payload(64, e)) for e in branches)  # type: ignore[arg-type]
+    expected += files.get("slice", 0) * packed_bytes(SPEC, Payload(32, asked.slice_encoding))
+    expected += files.get("whole", 0) * packed_bytes(SPEC, Payload(32, asked.global_encoding))
+    assert found.evaluates_global and found.predicted.down_bytes == expected
+
+
+def test_the_rows_a_device_does_not_train_are_held_and_fetched_as_a_branch() -> None:
+    narrow = device(link=LinkProfile(up_bps=1.2e6, down_bps=50e6, rtt_s=0.02))
+    few = one(narrow, local_steps=2, complement=True)
+    assert few.rank < 32
+    down = packed_bytes(SPEC, Payload(few.rank, "bfloat16"))
+    assert few.predicted.down_bytes == down + packed_bytes(SPEC, Payload(32 - few.rank, "bfloat16"))
+    alone = one(narrow, most_rank=few.rank, local_steps=2)
+    held = 4 * (32 - few.rank) * SPEC.parameters_per_rank
+    assert few.predicted_peak_bytes - alone.predicted_peak_bytes == pytest.approx(
+        1.07 * held, rel=0.01
+    )
+    whole, plain = one(device(), complement=True), one(device())
+    assert whole.rank == 32 and whole == plain, "with all rows there is nothing beside them"
+
+
+def test_updates_of_a_part_take_the_bytes_of_that_part() -> None:
+    both, up = one(device()), one(device(), update_parts=("up",), files=(("down",), ("up",)))
+    sizes = {parts: packed_bytes(SPEC, Payload(32, "int8", parts)) for parts in
+             (("up",), ("up", "down"))}  # fmt: skip
+    assert (up.predicted.up_bytes, both.predicted.up_bytes) == tuple(sizes.values())
+    # Two files instead of one: a second header.
+    assert up.predicted.down_bytes == both.predicted.down_bytes + 92
+
+
+def test_dense_tensors_travel_and_are_trained_with_every_k() -> None:
+    head = ModuleShape("lm_head.weight", 49152, 576)
+    spec = replace(SPEC, dense=(head,))
+    parts = {"update_parts": ("up", "down", "dense"), "files": (("up", "down"), ("dense",))}
+    asked = policy(**parts, round_s=600.0)
+    (found,) = plan_round(SMALL, spec, asked, {"a": device()}).devices
+    plain = one(device(), round_s=600.0)
+    assert found.rank == plain.rank == 32
+    trained = 16 * 49152 * 576  # weight, gradient and two moments, float32
+    assert found.predicted_peak_bytes - plain.predicted_peak_bytes == pytest.approx(
+        1.07 * trained, rel=0.01
+    )
+    assert found.predicted.up_bytes > plain.predicted.up_bytes + 49152 * 576
+    with pytest.raises(PlanError, match="too slow"):
+        plan_round(SMALL, spec, policy(**parts, min_local_steps=8), {"a": device(up_mbps=1.2)})
 
 
 fleets = st.dictionaries(
@@ -207,6 +347,10 @@ fleets = st.dictionaries(
     st.sampled_from(["auto", "nf4", "bf16"]),
     st.booleans(),
     st.sampled_from([1, 4]),
+    st.sampled_from(["rank", "density", "nothing"]),
+    st.dictionaries(st.sampled_from(["d0", "d1"]), st.integers(1, 32)),
+    st.booleans(),
+    st.sampled_from([0, 40]),
 )
 def test_every_plan_keeps_its_promises(
     fleet: dict[str, DeviceProfile],
@@ -214,12 +358,19 @@ def test_every_plan_keeps_its_promises(
     precision: str,
     evaluates: bool,
     multiple: int,
+    varies: str,
+    most: dict[str, int],
+    complement: bool,
+    side_rank: int,
 ) -> None:
     asked = policy(
-        round_s=round_s, precision=precision, evaluates_global=evaluates, rank_multiple=multiple
-    )
+        round_s=round_s, precision=precision, evaluates_global=evaluates, rank_multiple=multiple,
+        varies=varies, density=0.25 if varies == "density" else 1.0, side_rank=side_rank,
+        complement=complement and varies == "rank",
+    )  # fmt: skip
+    most = most if varies == "rank" else {}
     try:
-        found = plan_round(SMALL, SPEC, asked, fleet)
+        found = plan_round(SMALL, SPEC, asked, fleet, most)
     except PlanError:
         return
     planned = [p.device_id for p in found.devices]
@@ -231,11 +382,13 @@ def test_every_plan_keeps_its_promises(
     for p in found.devices:
         assert p.predicted_peak_bytes <= fleet[p.device_id].trainer_bytes
         assert p.predicted.total_s <= found.round_s + 1e-9
-        assert p.rank in asked.ranks
+        own = replace(asked, most_rank=most.get(p.device_id))
+        assert Level(p.rank, p.density) in own.levels
+        assert p.rank <= most.get(p.device_id, 32)
         assert asked.min_local_steps <= p.local_steps <= asked.local_steps
         assert p.micro_batch * p.accumulation == asked.micro_batch * asked.accumulation
         assert p.sketch_offset == offset % asked.rank
-        assert p.reason.startswith(f"k={p.rank}: ")
+        assert p.reason.startswith(f"k={p.rank}")
         offset += p.rank
 
 

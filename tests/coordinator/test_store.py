@@ -12,11 +12,18 @@ from coordinator.store.blobs import BlobStore, UnknownBlobError
 from coordinator.store.records import Records, StoreError, UploadRecord
 from profiles.device import DeviceProfile
 from profiles.model import ModuleShape
-from protos.contract import AdapterSpec, Assignment, BlobRef, LocalReport
+from protos.contract import AdapterSpec, Assignment, BlobRef, LocalReport, Payload
 from protos.transfer import TransferError, crc32
 
 SPEC = AdapterSpec("run", "base", "", "ab" * 32, 8, 16.0, False, 5, (ModuleShape("q", 4, 3),))
 PROFILE = DeviceProfile("board", "cpu", 4, 8 * 10**9, 7 * 10**9, 10**11, "1")
+WHOLE = Payload(8, "float32")
+
+
+def version(*digests, roles=("adapter", "side", "moment.first")):
+    """The files of a model, by role."""
+    files = zip(roles, digests, strict=False)
+    return {role: BlobRef(digest, 10, WHOLE) for role, digest in files}
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def path(tmp_path):
 @pytest.fixture
 def records(path):
     opened = Records(path)
-    opened.add_run(SPEC, {"run": {"name": "run"}}, "d0", 100.0)
+    opened.add_run(SPEC, {"run": {"name": "run"}}, version("d0", "s0"), 100.0)
     yield opened
     opened.close()
 
@@ -40,7 +47,15 @@ def make_assignment(device="ash", round_=0, **changes):
         "device_id": device,
         "method": "fslora",
         "rank": 4,
+        "rows": "stratified",
         "sketch_offset": 0,
+        "alpha": 16.0,
+        "trained": ("up", "down"),
+        "personal": (),
+        "keeps_basis": True,
+        "keeps_state": False,
+        "error_feedback": False,
+        "fresh": False,
         "precision": "nf4",
         "sequence_tokens": 64,
         "micro_batch": 1,
@@ -49,13 +64,14 @@ def make_assignment(device="ash", round_=0, **changes):
         "local_steps": 2,
         "learning_rate": 1e-3,
         "optimizer": "adamw",
-        "update_encoding": "int8",
+        "update": Payload(4, "int8"),
         "evaluation_sequences": 2,
         "held_out_share": 0.1,
+        "evaluates_global": False,
         "seed": 1,
         "deadline_s": 60.0,
         "reason": "k=4: because",
-        "slice": BlobRef("c" * 64, 10, "bfloat16"),
+        "slice": (BlobRef("c" * 64, 10, Payload(4, "bfloat16")),),
     }
     return Assignment(**(facts | changes))
 
@@ -74,7 +90,7 @@ def everything(records):
     return (
         records.all_runs(), records.all_devices(), records.all_rounds("run"),
         records.assignments("run"), records.upload("u"), records.credential("ash"),
-        [records.adapter_digest("run", version) for version in (0, 1, None)],
+        [records.model("run", at_most) for at_most in (0, 1, None)],
     )  # fmt: skip
 
 
@@ -86,7 +102,8 @@ def test_reopening_keeps_everything(records, path):
     records.put_update("run.0.ash", "a" * 64, 10, 103.0)
     records.put_report(done(main_language="python"))
     records.close_round("run", 0, {"on_time": ["ash"], "late": []}, 104.0)
-    records.publish_round("run", 0, "d1", ["run.0.ash"], {"on_time": ["ash"], "x": 1.5}, 105.0)
+    detail = {"on_time": ["ash"], "x": 1.5}
+    records.publish_round("run", 0, version("d1", "s1", "m1"), ["run.0.ash"], detail, 105.0)
     records.alive("run", 106.0)
     records.finish_run("run", 107.0)
     kept = everything(records)
@@ -102,7 +119,8 @@ def test_reopening_keeps_everything(records, path):
     assert (ash.state, ash.merged_in, ash.complete) == ("arrived", 0, True)
     assert ash.assignment == make_assignment("ash") and ash.predicted == {"rank": 4}
     assert (birch.state, birch.merged_in, birch.complete) == ("issued", None, False)
-    assert kept[6] == ["d0", "d1", "d1"]
+    newest = (1, version("d1", "s1", "m1"))
+    assert kept[6] == [(0, version("d0", "s0")), newest, newest]
 
 
 def test_a_second_digest_does_not_replace_the_first(records):
@@ -122,7 +140,7 @@ def test_the_first_report_stands(records):
 
 
 def test_a_report_alone_completes_only_what_does_not_train(records):
-    open_round(records, make_assignment("ash"), make_assignment("birch", slice=None))
+    open_round(records, make_assignment("ash"), make_assignment("birch", local_steps=0))
     records.put_report(done("run.0.ash"))
     records.put_report(done("run.0.birch"))
     assert not records.assignment("run.0.ash").complete
@@ -151,15 +169,36 @@ def test_a_round_that_cannot_be_opened_leaves_the_one_before(records):
 def test_publishing_again_after_a_crash_changes_nothing(records):
     open_round(records, make_assignment())
     for at in (105.0, 106.0):
-        records.publish_round("run", 0, "d1", ["run.0.ash"], {"share": {}}, at)
-    assert records.adapter_digest("run", 1) == "d1"
-    assert records.adapter_digest("run", 2) is None
+        records.publish_round("run", 0, version("d1"), ["run.0.ash"], {"share": {}}, at)
+    assert records.model("run", 1) == records.model("run") == (1, version("d1"))
 
 
-def test_a_round_without_updates_keeps_the_adapter(records):
-    open_round(records, make_assignment(slice=None), evaluate_only=True)
-    records.publish_round("run", 0, None, [], {}, 105.0)
-    assert records.adapter_digest("run") == "d0"
+def test_publishing_again_leaves_no_file_of_the_try_before(records):
+    """As a branch that is there only if an update is counted that a crash made late."""
+    open_round(records, make_assignment())
+    records.publish_round("run", 0, version("d1", "s1", "m1"), [], {}, 105.0)
+    records.publish_round("run", 0, version("e1"), [], {}, 106.0)
+    assert records.model("run") == (1, version("e1"))
+    assert records.model_digests("run") == {"d0", "s0", "e1"}
+
+
+def test_a_model_is_found_by_the_newest_version_at_most_so_old(records):
+    """What slices of a round were cut from stays known, also after rounds that merged nothing."""
+    for round_ in (0, 1, 2):
+        open_round(records, make_assignment(round_=round_), round_=round_)
+    records.publish_round("run", 0, version("d1", "s1"), [], {}, 105.0)
+    records.publish_round("run", 1, {}, [], {}, 106.0)
+    records.publish_round("run", 2, version("d3", "s3"), [], {}, 107.0)
+    found = {at_most: records.model("run", at_most) for at_most in (0, 1, 2, 3, 9, None)}
+    assert {at: model[0] for at, model in found.items()} == {0: 0, 1: 1, 2: 1, 3: 3, 9: 3, None: 3}
+    assert found[2][1] == version("d1", "s1") and found[9][1] == version("d3", "s3")
+    assert records.model_digests("run") == {"d0", "s0", "d1", "s1", "d3", "s3"}
+
+
+def test_a_round_without_updates_keeps_the_model(records):
+    open_round(records, make_assignment(local_steps=0), evaluate_only=True)
+    records.publish_round("run", 0, {}, [], {}, 105.0)
+    assert records.model("run") == (0, version("d0", "s0"))
     assert records.all_rounds("run")[0].phase == "merged"
 
 
@@ -175,14 +214,15 @@ def test_unknown_things_are_none(records):
     assert records.run("other") is None
     assert records.assignment("run.9.ash") is None
     assert records.credential("nobody") is None
-    assert records.adapter_digest("other") is None
+    assert records.model("other") is None
+    assert records.model_digests("other") == set()
 
 
 def test_another_schema_is_refused_in_one_sentence(records, path):
     records.close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreError, match=r"schema 99, this one reads 1.*use a new .* folder"):
+    with pytest.raises(StoreError, match=r"schema 99, this one reads 2.*use a new .* folder"):
         Records(path)
 
 
@@ -204,13 +244,35 @@ def test_receipts_are_written_through_to_the_disk(records):
 def test_a_blob_is_kept_once_under_its_digest(tmp_path):
     blobs = BlobStore(tmp_path)
     digest = hashlib.sha256(b"bytes").hexdigest()
-    assert blobs.put(b"bytes", "int8") == BlobRef(digest, 5, "int8") == blobs.put(b"bytes", "int8")
+    assert blobs.put(b"bytes", WHOLE) == BlobRef(digest, 5, WHOLE) == blobs.put(b"bytes", WHOLE)
     assert BlobStore(tmp_path).path(digest).read_bytes() == b"bytes"
     blobs.drop(digest)
     blobs.drop(digest)
     assert not blobs.holds(digest)
     with pytest.raises(UnknownBlobError, match=f"blob {digest[:12]} is not kept here"):
         blobs.path(digest)
+
+
+def test_a_draft_becomes_the_blob_that_its_bytes_are(tmp_path):
+    blobs = BlobStore(tmp_path)
+    drafts = [blobs.draft() for _ in range(2)]
+    assert len(set(drafts)) == 2
+    for draft in drafts:  # of the second, the same bytes are there already
+        draft.write_bytes(b"bytes")
+        assert blobs.adopt(draft, WHOLE) == blobs.put(b"bytes", WHOLE)
+        assert not draft.exists()
+    assert blobs.path(hashlib.sha256(b"bytes").hexdigest()).read_bytes() == b"bytes"
+
+
+def test_what_a_crash_left_half_written_goes_and_nothing_else(tmp_path):
+    blobs = BlobStore(tmp_path)
+    kept = blobs.put(b"bytes", WHOLE)
+    blobs.part("u", 10).write(0, b"0123", crc32(b"0123"))
+    blobs.draft().write_bytes(b"half of")
+    again = BlobStore(tmp_path)
+    again.drop_drafts()
+    assert not list((tmp_path / "drafts").iterdir())
+    assert again.holds(kept.digest) and again.part("u", 10).length == 4
 
 
 @pytest.mark.parametrize("digest", ["", "../../etc/passwd", "A" * 64, "g" * 64, "a" * 63, "/" * 64])
