@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from profiles.model import ModelError, base_digest, resolve_base
 from protos.contract import (
     AdapterSpec,
     Assignment,
+    BlobRef,
     LocalReport,
     ProfileRequest,
     Reason,
@@ -106,6 +108,8 @@ class Agent:
     async def run(self) -> None:
         """Works until the run is finished. Raises `SketchfleetError` when it cannot."""
         self.status("starting")
+        self.journal.sweep()
+        self._clear("work")
         data = self.config.data
         await asyncio.to_thread(
             first_source, data.include, exclude=data.exclude, languages=data.languages
@@ -119,6 +123,7 @@ class Agent:
                 answer = await self._poll()
                 self.link.patience_s = math.inf  # it was there: from now on only a break
                 if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
+                    self._clear("blobs")
                     self.status("finished")
                     log.info("run finished")
                     return
@@ -158,6 +163,10 @@ class Agent:
         megabytes = self.config.limits.memory_mb
         return None if megabytes is None else megabytes * 10**6
 
+    @property
+    def _ditto(self) -> float:
+        return self.config.personal.ditto
+
     def _known_profile(self) -> DeviceProfile:
         return probe(
             version=version(), state=self.folder, board=self.config.device.board,
@@ -179,10 +188,15 @@ class Agent:
         except TrainerError as error:
             raise AgentError(f"this device cannot train {spec.base}: {error}") from error
         gpu = result.get("gpu")
+        compute = from_plain(ComputeProfile, result["compute"])
+        if self._ditto > 0:
+            # Every step for the fleet is followed by one for the device's own adapter, so towards
+            # the run a token takes twice as long; the planner's times are right only with this.
+            compute = dataclasses.replace(compute, tokens_per_s=compute.tokens_per_s / 2)
         self._profile = dataclasses.replace(
             known,
             gpu=None if gpu is None else from_plain(GpuProfile, gpu),
-            compute=from_plain(ComputeProfile, result["compute"]),
+            compute=compute,
             link=link,
         )
         self._profile_sent = False
@@ -216,16 +230,15 @@ class Agent:
 
     async def _work(self, spec: AdapterSpec, assignment: Assignment) -> None:
         """Fetches, trains, journals, pushes, reports."""
-        blobs = [b.digest for b in (assignment.slice, assignment.global_adapter) if b is not None]
         if not FILE_NAME.fullmatch(assignment.assignment_id) or not all(
-            map(DIGEST.fullmatch, blobs)
+            DIGEST.fullmatch(blob.digest) for blob in assignment.blobs
         ):
             raise AgentError("the coordinator gave names that are no file names; do not trust it")
         training = asyncio.ensure_future(self._train(spec, assignment))
         beat = asyncio.create_task(self._heartbeat(assignment.assignment_id, training))
         cause: AgentError | None = None
         try:
-            report, update = await training
+            report, update, home = await training
         except (TrainerError, ModelError) as error:
             outcome = error.outcome if isinstance(error, TrainerError) else "base_mismatch"
             log.error("assignment failed: %s", error, extra={"round": assignment.round})
@@ -233,7 +246,7 @@ class Agent:
                 "assignment_id": assignment.assignment_id, "outcome": outcome,
                 "message": _told(outcome, assignment),
             })  # fmt: skip
-            update = None
+            update, home = None, None
             if outcome in OWNER_MUST_ACT:
                 cause = AgentError(str(error))
         except asyncio.CancelledError:
@@ -246,10 +259,8 @@ class Agent:
             beat.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await beat
-        await self._send(self.journal.add(report, update))
-        for name in ("blobs", "work"):
-            for path in (self.folder / name).iterdir():
-                path.unlink()
+        await self._send(self.journal.add(report, update, home))
+        self._clear("work")
         if cause is not None:
             raise cause
 
@@ -266,33 +277,38 @@ class Agent:
 
     async def _train(
         self, spec: AdapterSpec, assignment: Assignment
-    ) -> tuple[LocalReport, Path | None]:
+    ) -> tuple[LocalReport, Path | None, tuple[AdapterSpec, Path] | None]:
+        """The report, the update and the run's new home; the last two if there are any."""
         status = {"round": assignment.round, "k": assignment.rank, "steps": assignment.local_steps}
         self.status("fetching", **status)
         folder = await self._base(spec)
-        begun, fetched = time.monotonic(), 0
-        places: dict[str, Path] = {}
-        for name in ("slice", "global_adapter"):
-            if (blob := getattr(assignment, name)) is not None:
-                places[name] = await self.fleet.call(
-                    partial(self.link.fetch, blob, self.folder / "blobs")
-                )
-                fetched += blob.size_bytes
-        fetch_s = time.monotonic() - begun
-        update = self.folder / "work" / f"{assignment.assignment_id}.update"
+        begun, before = time.monotonic(), self.link.fetched_bytes
+        await self._fetch(assignment)
+        fetch_s, fetched = time.monotonic() - begun, self.link.fetched_bytes - before
+        work = self.folder / "work"
+        update = work / f"{assignment.assignment_id}.update"
+        new_home = work / f"{assignment.assignment_id}.home"
+        # What is kept from before the first round is of an earlier run of the same name.
+        home = self.journal.home_path(spec) if assignment.round else None
+        side, global_side = assignment.side, assignment.global_side
         data = self.config.data
         job = {
             "job": "train",
             "base_folder": str(folder),
             "spec": to_plain(spec),
             "assignment": to_plain(assignment),
-            "slice_path": str(places["slice"]) if "slice" in places else None,
-            "global_path": str(places["global_adapter"]) if "global_adapter" in places else None,
-            "update_path": str(update) if assignment.trains else None,
             "data": {
                 "include": list(data.include), "exclude": list(data.exclude),
                 "languages": list(data.languages), "max_files": data.max_files,
             },
+            "slice_paths": [self._place(blob) for blob in assignment.slice],
+            "side_path": None if side is None else self._place(side),
+            "global_paths": [self._place(blob) for blob in assignment.global_adapter],
+            "global_side_path": None if global_side is None else self._place(global_side),
+            "update_path": str(update) if assignment.trains else None,
+            "home_path": None if home is None else str(home),
+            "home_out": str(new_home) if assignment.trains else None,
+            "personal_weight": self._ditto,
             "memory_cap_bytes": self._memory_cap_bytes,
         }  # fmt: skip
         self.status("training" if assignment.trains else "evaluating", step=0, **status)
@@ -310,7 +326,25 @@ class Agent:
             result = await self.trainer.run(job, progress)
         report = from_plain(LocalReport, result["report"])
         report = dataclasses.replace(report, fetch_s=fetch_s, fetched_bytes=fetched)
-        return report, update if assignment.trains else None
+        return (
+            report,
+            update if assignment.trains else None,
+            (spec, new_home) if assignment.trains and new_home.is_file() else None,
+        )
+
+    async def _fetch(self, assignment: Assignment) -> None:
+        """Has every blob of the assignment in blobs/, and nothing else but what is on its way.
+
+        What an earlier round left stays if it is named again: a factor that did not change
+        costs nothing.
+        """
+        named = [blob.digest for blob in assignment.blobs]
+        self._clear("blobs", but={*named, *(f"{digest}.part" for digest in named)})
+        for blob in assignment.blobs:
+            await self.fleet.call(partial(self.link.fetch, blob, self.folder / "blobs"))
+
+    def _place(self, blob: BlobRef) -> str:
+        return str(self.folder / "blobs" / blob.digest)
 
     async def _send(self, entry: Entry) -> None:
         """Pushes and reports a journal entry; what is no longer wanted is dropped, with a line."""
@@ -346,6 +380,11 @@ class Agent:
         for entry in self.journal.pending():
             log.info("resuming", extra={"assignment_id": entry.assignment_id})
             await self._send(entry)
+
+    def _clear(self, folder: str, but: Collection[str] = ()) -> None:
+        for path in (self.folder / folder).iterdir():
+            if path.name not in but:
+                path.unlink()
 
     def status(self, phase: str, **fields: Any) -> None:
         """Shows what the agent is doing, for `sketchfleet-agent status`."""

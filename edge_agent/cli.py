@@ -1,4 +1,7 @@
-"""sketchfleet-agent: run, probe, status, generate. Imports nothing heavy until it is needed."""
+"""sketchfleet-agent: run, probe, status, export, generate.
+
+Imports nothing heavy until it is needed.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,17 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--config", type=Path, default=Path("agent.toml"), metavar="FILE")
         if name != "run":
             command.add_argument("--json", action="store_true", help="print JSON")
+    export = commands.add_parser(
+        "export",
+        help="write this device's own adapter as a PEFT folder",
+        description="Writes the adapter that a run trained for this device alone (the method's "
+        "personal parts, or Ditto's) as a PEFT folder.",
+    )
+    export.add_argument("--config", type=Path, default=Path("agent.toml"), metavar="FILE")
+    export.add_argument("--run", required=True, metavar="NAME", help="the run it comes from")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="a folder that is not there yet"
+    )
     generate = commands.add_parser(
         "generate", help="complete code with a base model and, if given, an exported adapter"
     )
@@ -38,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args(argv)
     try:
-        return int({"run": _run, "probe": _probe, "status": _status, "generate": _generate}[
-            args.command
-        ](args))  # fmt: skip
+        return int({
+            "run": _run, "probe": _probe, "status": _status, "export": _export,
+            "generate": _generate,
+        }[args.command](args))  # fmt: skip
     except SketchfleetError as error:
         print(f"sketchfleet-agent: {error}", file=sys.stderr)
         return 1
@@ -145,6 +160,38 @@ def _status(args: argparse.Namespace) -> int:
             f"{k} {v}" for k, v in plain.items() if k not in ("phase", "at", "pid", "running")
         )
         print(f"{state}{': ' + details if details else ''}, {time.time() - plain['at']:.0f} s ago")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    import importlib.util
+
+    from edge_agent.config import load_agent_config
+    from edge_agent.journal import JournalError, kept_homes
+    from profiles.errors import MissingExtraError
+
+    config = load_agent_config(args.config)
+    homes = kept_homes(config.state.folder)
+    if args.run not in homes:
+        kept = f"it keeps something of: {', '.join(homes)}" if homes else "it keeps nothing"
+        raise JournalError(
+            f"this device keeps nothing of a run {args.run!r} ({kept}); only methods with personal "
+            "parts and [personal] ditto leave an adapter here"
+        )
+    home = homes[args.run]
+    if home is None:
+        raise JournalError(
+            f"what this device kept of run {args.run!r} is damaged or gone; the next round of the "
+            "run begins it anew"
+        )
+    if args.out.exists():
+        raise JournalError(f"{args.out} already exists; give --out a folder that does not")
+    if importlib.util.find_spec("safetensors") is None:
+        raise MissingExtraError("safetensors", "train")
+    from edge_agent.training.personal import export_personal
+
+    export_personal(home.path, home.spec, config.model.base or home.spec.base, args.out)
+    print(f"{args.out}: this device's own adapter of run {args.run}")
     return 0
 
 

@@ -72,8 +72,16 @@ class LimitsSection(Section):
     """Of the trainer on CPU; the same number gives the same bits."""
 
 
+class PersonalSection(Section):
+    """What this device has for itself."""
+
+    ditto: Annotated[float, Field(ge=0)] = 0.0
+    """Ditto's lambda: how strongly the device's own adapter is held to the fleet's
+    (arXiv 2012.04221); 0 trains none. Costs as many local steps again."""
+
+
 class StateSection(Section):
-    """Where the agent keeps its credential, journal and updates."""
+    """Where the agent keeps its credential, journal, updates and what is the device's own."""
 
     folder: Path = Path("agent-state")
 
@@ -95,6 +103,7 @@ class AgentConfig(Section):
     coordinator: CoordinatorSection = CoordinatorSection()
     model: ModelSection = ModelSection()
     limits: LimitsSection = LimitsSection()
+    personal: PersonalSection = PersonalSection()
     state: StateSection = StateSection()
     trainer: TrainerSection = TrainerSection()
 

@@ -33,6 +33,7 @@ from protos.transfer import (
     PartFile,
     TransferError,
     crc32,
+    sha256_of,
 )
 
 log = logging.getLogger("sketchfleet.agent")
@@ -72,10 +73,22 @@ class RefusedError(SketchfleetError):
         self.reason = reason
 
 
+def _holds(path: Path, blob: BlobRef) -> bool:
+    """Whether this file is the blob. A file that is not is removed."""
+    if not path.is_file():
+        return False
+    if path.stat().st_size == blob.size_bytes and sha256_of(path) == blob.digest:
+        return True
+    log.warning("a kept file is damaged and is fetched again", extra={"digest": blob.digest[:12]})
+    path.unlink()
+    return False
+
+
 class Link:
     """A device's connection to its coordinator. Use from one event loop.
 
     `patience_s` is how long a transfer goes on without a byte before it raises `LinkError`.
+    `resumes` and `fetched_bytes` count from the start.
     """
 
     def __init__(self, address: str) -> None:
@@ -84,6 +97,7 @@ class Link:
         self._chunk_bytes = FIRST_CHUNK_BYTES
         self.credential = ""
         self.resumes = 0
+        self.fetched_bytes = 0
         self._control = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._bulk = grpc.aio.insecure_channel(
             address, options=[*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -150,10 +164,11 @@ class Link:
     async def fetch(self, blob: BlobRef, folder: Path) -> Path:
         """Fetches a blob into `folder`, resuming what an earlier attempt left.
 
-        Raises `RefusedError`, or `LinkError` when no byte arrives for `patience_s`.
+        A file that is there already is used if its digest is right, and else replaced. Raises
+        `RefusedError`, or `LinkError` when no byte arrives for `patience_s`.
         """
         target = folder / blob.digest
-        if target.is_file() and target.stat().st_size == blob.size_bytes:
+        if await asyncio.to_thread(_holds, target, blob):
             return target
         part = PartFile(folder / f"{blob.digest}.part", blob.size_bytes)
 
@@ -166,6 +181,7 @@ class Link:
                 if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
                     break
                 part.write(chunk.offset, chunk.data, chunk.crc32)
+                self.fetched_bytes += len(chunk.data)
             part.finish(blob.digest, target)
 
         try:

@@ -87,7 +87,7 @@ def _measure_once(
     """Exactly as asked for. Raises what running out of memory raises."""
     watch = MemoryWatch(base.device, cap_bytes)
     rows = _random_rows(base, request)
-    with attached(base.model, spec, request.rank) as model:
+    with attached(base.model, spec, request.rank, alpha=spec.alpha) as model:
         optimizer = make_optimizer("adamw", model, LEARNING_RATE)
 
         def step() -> None:

@@ -1,12 +1,13 @@
-"""A slice of the global adapter <-> a stock PEFT LoRA adapter on the loaded base.
+"""Parts of an adapter <-> a stock PEFT LoRA adapter on the loaded base.
 
-Knows PEFT and the factor layout of the contract. It knows nothing of training, files or how a
-slice was cut: rows come in, rows go out.
+Knows PEFT and the layout of the contract: per module up (k, out), down (k, in) and, with a core
+(k, k), dW = scale * up' core down. It knows nothing of training, files or how a slice was cut:
+rows come in, rows go out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,89 +15,120 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
-from profiles.errors import SketchfleetError
-from protos.contract import AdapterSpec
-from protos.packing import Factors
+from edge_agent.training.branches import DenseDelta, SliceError, adapted_layer, dense_deltas
+from protos.contract import AdapterSpec, Part
+from protos.packing import Parts, Values
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
 
 
-class SliceError(SketchfleetError):
-    """The adapter does not fit the base, or the factors do not fit the adapter."""
-
-
 @contextmanager
-def attached(model: Any, spec: AdapterSpec, rank: int) -> Iterator[Any]:
+def attached(
+    model: Any,
+    spec: AdapterSpec,
+    rank: int,
+    *,
+    alpha: float,
+    trained: Sequence[Part] = ("up", "down"),
+    core: bool = False,
+) -> Iterator[Any]:
     """A stock PEFT adapter of `rank` rows on the spec's modules, for as long as the block lasts.
 
-    `model`: the base, a transformers causal model. Yields a `PeftModel` whose only trainable
-    parameters are the adapter's, float32. On leaving, also by an error, the base is as before
-    and the adapter's memory is free. Raises `SliceError` when the base lacks a module of the spec
-    or has it in another shape.
+    `model`: the base, a transformers causal model. Yields a `PeftModel` whose trainable
+    parameters, all float32, are those of the `trained` parts; the spec's dense tensors are part
+    of it. With `core`, a (k, k) matrix stands between the two factors. On leaving, also by an
+    error, the base is as before and the adapter's memory is free. Raises `SliceError` when the
+    base lacks a module or tensor of the spec or has it in another shape.
     """
-    _check_base(model, spec)
-    alpha: Any = spec.device_alpha(rank)  # a float under rsLoRA; PEFT says int and only divides
+    for module in spec.modules:
+        adapted_layer(model, module.name, module.out_features, module.in_features)
+    any_alpha: Any = alpha  # a float; PEFT says int and only divides
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=any_alpha,
         use_rslora=spec.use_rslora,
         lora_dropout=0.0,
         bias="none",
         target_modules=[m.name for m in spec.modules],
     )
-    try:
-        peft_model = get_peft_model(model, config)
-        if set(_layers(peft_model)) != {m.name for m in spec.modules}:
-            raise SliceError(
-                "PEFT adapted other modules than the run names; check [adapter] targets"
-            )
-        yield peft_model
-    finally:
-        _detach(model)
+    with dense_deltas(model, spec.dense):
+        try:
+            peft_model = get_peft_model(model, config)
+            layers = _layers(peft_model)
+            if set(layers) != {m.name for m in spec.modules}:
+                raise SliceError(
+                    "PEFT adapted other modules than the run names; check [adapter] targets"
+                )
+            if core:
+                for layer in layers.values():
+                    _insert_core(layer, rank)
+            for parts in parameters(peft_model).values():
+                for part, weight in parts.items():
+                    weight.requires_grad_(part in trained)
+            yield peft_model
+        finally:
+            _detach(model)
 
 
-def write_factors(model: Any, factors: Mapping[str, Factors]) -> None:
-    """Sets the adapter's weights from `factors`: per module up (k, out) and down (k, in).
+def parameters(model: Any) -> dict[str, dict[Part, nn.Parameter]]:
+    """The adapter's own parameters, by module and part, and the dense tensors' differences."""
+    found = {name: _weights(layer) for name, layer in _layers(model).items()}
+    deltas = {m.name: m.delta for m in model.modules() if isinstance(m, DenseDelta)}
+    return found | {name: {"dense": delta} for name, delta in deltas.items()}
 
-    Raises `SliceError` on a missing or unknown module or another shape; then nothing is written.
+
+def as_rows(part: Part, values: Tensor) -> Tensor:
+    """A view of a parameter, or of what has its shape, with the shape it has on the wire.
+
+    PEFT keeps up as (out, k); a tensor of one dimension travels as one row.
     """
-    layers = _layers(model)
-    if missing := sorted(layers.keys() - factors.keys()):
+    if values.ndim == 1:
+        return values[None]
+    return values.T if part == "up" and values.ndim == 2 else values
+
+
+def write_parts(model: Any, values: Mapping[str, Parts]) -> None:
+    """Sets everything that `parameters` finds.
+
+    Raises `SliceError` on what is missing or unknown or has another shape; then nothing is written.
+    """
+    found = parameters(model)
+    if missing := sorted(found.keys() - values.keys()):
         raise SliceError(f"the slice lacks {len(missing)} modules, first {missing[0]}")
-    if unknown := sorted(factors.keys() - layers.keys()):
+    if unknown := sorted(values.keys() - found.keys()):
         raise SliceError(f"the slice has {len(unknown)} modules unknown here, first {unknown[0]}")
-    for name, layer in layers.items():
-        a, b = _weights(layer)
-        got = (factors[name].up.shape, factors[name].down.shape)
-        want = (tuple(b.shape[::-1]), tuple(a.shape))
+    for name, parts in found.items():
+        got = {part: value.shape for part, value in values[name].items()}
+        want = {part: tuple(as_rows(part, weight).shape) for part, weight in parts.items()}
         if got != want:
-            raise SliceError(f"{name}: factors of shape {got} where the adapter has {want}")
+            raise SliceError(f"{name}: values of shape {got} where the adapter has {want}")
     with torch.no_grad():
-        for name, layer in layers.items():
-            a, b = _weights(layer)
-            a.copy_(_tensor(factors[name].down))
-            b.copy_(_tensor(factors[name].up).T)
+        for name, parts in found.items():
+            for part, weight in parts.items():
+                as_rows(part, weight).copy_(_tensor(values[name][part]))
 
 
-def read_factors(model: Any) -> dict[str, Factors]:
-    """The adapter's weights as float32 factors, in wire order of the base's modules."""
-    found = {}
-    for name, layer in _layers(model).items():
-        a, b = _weights(layer)
-        found[name] = Factors(up=_array(b.T), down=_array(a))
-    return found
-
-
-def subtract(after: Mapping[str, Factors], before: Mapping[str, Factors]) -> dict[str, Factors]:
-    """What training added, module by module: `after` - `before`, of equal shapes."""
+def read_parts(model: Any) -> dict[str, Parts]:
+    """Everything that `parameters` finds, as float32 arrays in the wire's layout."""
     return {
-        name: Factors(up=f.up - before[name].up, down=f.down - before[name].down)
-        for name, f in after.items()
+        name: {part: array(as_rows(part, weight)) for part, weight in parts.items()}
+        for name, parts in parameters(model).items()
     }
+
+
+def subtract(
+    after: Mapping[str, Parts], before: Mapping[str, Parts], parts: Sequence[Part]
+) -> dict[str, Parts]:
+    """What training added to these parts: `after` - `before`, of equal shapes."""
+    added: dict[str, Parts] = {
+        name: {part: values[part] - before[name][part] for part in values if part in parts}
+        for name, values in after.items()
+    }
+    return {name: found for name, found in added.items() if found}
 
 
 def trained_parameters(model: Any) -> int:
@@ -104,16 +136,16 @@ def trained_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _check_base(model: Any, spec: AdapterSpec) -> None:
-    here = dict(model.named_modules())
-    for module in spec.modules:
-        layer = here.get(module.name)
-        if layer is None:
-            raise SliceError(f"the base model has no module {module.name}; it is another base")
-        shape = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
-        want = (module.out_features, module.in_features)
-        if shape != want:
-            raise SliceError(f"{module.name} is {shape} in the base model, {want} in the run")
+def array(values: Tensor) -> Values:
+    """A copy of its own, float32."""
+    return np.array(values.detach().cpu().numpy(), dtype=np.float32, order="C")
+
+
+def _insert_core(layer: Any, rank: int) -> None:
+    """Puts a core before B; PEFT's forward pass calls B and asks no more of it."""
+    up = layer.lora_B[ADAPTER]
+    core = nn.Linear(rank, rank, bias=False, device=up.weight.device, dtype=up.weight.dtype)
+    layer.lora_B[ADAPTER] = nn.Sequential(core, up)
 
 
 def _detach(model: Any) -> None:
@@ -134,17 +166,21 @@ def _layers(model: Any) -> dict[str, Any]:
     }
 
 
-def _weights(layer: Any) -> tuple[Tensor, Tensor]:
-    """A (k, in) and B (out, k)."""
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    if a.dtype != torch.float32 or b.dtype != torch.float32:
-        raise SliceError(f"adapter weights are {a.dtype}, not float32; this peft is not supported")
-    return a, b
+def _weights(layer: Any) -> dict[Part, nn.Parameter]:
+    """Down (k, in), up as B (out, k), and the core (k, k), if there is one."""
+    second: Any = layer.lora_B[ADAPTER]
+    found: dict[Part, nn.Parameter] = {}
+    if isinstance(second, nn.Sequential):
+        found["core"] = second.get_parameter("0.weight")
+        second = second[1]
+    found |= {"up": second.weight, "down": layer.lora_A[ADAPTER].weight}
+    for weight in found.values():
+        if weight.dtype != torch.float32:
+            raise SliceError(
+                f"adapter weights are {weight.dtype}, not float32; this peft is not supported"
+            )
+    return found
 
 
-def _tensor(rows: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(np.array(rows, dtype=np.float32))  # a copy: unpacked rows are read-only
-
-
-def _array(weight: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.array(weight.detach().cpu().numpy(), dtype=np.float32, order="C")
+def _tensor(values: Values) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: these may be read-only

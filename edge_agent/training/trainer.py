@@ -71,9 +71,9 @@ def describe(error: BaseException) -> dict[str, str]:
     A named error speaks for itself. Of any other only the type and place are told: its text may
     quote local code or paths, and the event travels; standard error keeps the traceback.
     """
+    from edge_agent.training.branches import SliceError
     from edge_agent.training.corpus import CorpusError
     from edge_agent.training.memory import is_out_of_memory
-    from edge_agent.training.slice import SliceError
     from edge_agent.training.workbench import BaseMismatchError, NoDataError
 
     if is_out_of_memory(error):

@@ -50,6 +50,15 @@ class LocalRows:
     held_out: NDArray[np.int64]
     main_language: str
 
+    def require(self, trains: bool) -> None:
+        """Raises `NoDataError` when there is nothing to evaluate on, or to train on."""
+        for rows, kind in ((self.held_out, "held-out"), (self.train, "training")):
+            if len(rows) == 0 and (trains or rows is self.held_out):
+                raise NoDataError(
+                    f"{kind} code is shorter than one sequence of {rows.shape[1]} tokens; "
+                    "add code under [data] include"
+                )
+
 
 class Workbench:
     """Loads a base and tokenises code once, for as many jobs as ask for the same.

@@ -29,6 +29,7 @@ def test_the_least_file_takes_the_defaults(load, tmp_path):
     assert config.coordinator.address == "127.0.0.1:8470"
     assert (config.limits.memory_mb, config.limits.threads) == (None, 1)
     assert config.state.folder == tmp_path / "agent-state"
+    assert config.personal.ditto == 0.0, "an adapter of its own is the owner's choice"
 
 
 def test_every_value_of_a_full_file_is_taken(load):
@@ -50,11 +51,14 @@ def test_every_value_of_a_full_file_is_taken(load):
         [trainer]
         python = "/opt/python"
         idle_s = 5
+        [personal]
+        ditto = 0.1
         """
     )
     assert (config.device.name, config.device.board) == ("pi-5.lab", "Raspberry Pi 5")
     assert (config.data.exclude, config.data.languages) == (("*/vendor/*",), ("python",))
     assert (config.limits.memory_mb, config.trainer.idle_s) == (2000, 5.0)
+    assert config.personal.ditto == 0.1
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,8 @@ def test_relative_folders_are_relative_to_the_file(load, tmp_path, monkeypatch):
         ),
         (LEAST + "[limits]\nthreads = 'all'\n", r"\[limits\] threads: .*integer"),
         (LEAST + "[trainer]\nidle_s = inf\n", r"\[trainer\] idle_s: .*finite number"),
+        (LEAST + "[personal]\nditto = -1\n", r"\[personal\] ditto: .*greater than or equal to 0"),
+        (LEAST + "[personal]\nlambda = 1\n", r"'lambda' in \[personal\]; known keys: ditto"),
         (LEAST + "[device]\nname = 'My Board'\n", r"\[device\] name: .*pattern"),
         ("[data\n", "is not valid TOML"),
         (LEAST + LEAST, "is not valid TOML"),

@@ -16,6 +16,7 @@ import torch
 from edge_agent.training.workbench import Workbench
 from profiles.model import base_digest, read_shape
 from protos.contract import AdapterSpec
+from tests.edge_agent.training.rounds import Device
 from tests.tiny_base import write_base
 
 torch.set_num_threads(1)
@@ -56,3 +57,8 @@ def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"weigh_{i}.py").write_text(text)
     (folder / "notes.json").write_text(json.dumps({"not": "code"}))
     return folder
+
+
+@pytest.fixture
+def device(tmp_path: Path, base_folder: Path, code_folder: Path, bench: Workbench) -> Device:
+    return Device(tmp_path, base_folder, code_folder, bench)

@@ -24,7 +24,7 @@ def make_rows(sequences: int, tokens: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 2), (3, 40), (3, 200)])
 def test_the_chunked_loss_is_the_stock_loss(base, spec: AdapterSpec, shape) -> None:
     rows = torch.from_numpy(make_rows(*shape))
-    with attached(base.model, spec, 2) as model:
+    with attached(base.model, spec, 2, alpha=spec.alpha) as model:
         model.train()
         stock = model(input_ids=rows, labels=rows).loss
         stock.backward()
@@ -41,7 +41,7 @@ def test_the_chunked_loss_is_the_stock_loss(base, spec: AdapterSpec, shape) -> N
 def test_checkpointed_layers_give_the_same_gradients(base, spec: AdapterSpec) -> None:
     rows = torch.from_numpy(make_rows(2, 64))
     grads = []
-    with attached(base.model, spec, 2) as model:
+    with attached(base.model, spec, 2, alpha=spec.alpha) as model:
         for checkpointing in (False, True, False):
             base.checkpointing(checkpointing)
             model.train()
@@ -82,7 +82,7 @@ def test_gradients_on_a_quantised_base_are_the_same_after_an_evaluation(
     """bitsandbytes repacks 4-bit weights in evaluation, and no gradient passes packed ones."""
     quantised = load_base(base_folder, precision, torch.device("cpu"))
     rows, grads = make_rows(2, 32), []
-    with attached(quantised.model, spec, 2) as model:
+    with attached(quantised.model, spec, 2, alpha=spec.alpha) as model:
         torch.manual_seed(0)
         for p in model.parameters():
             if p.requires_grad:

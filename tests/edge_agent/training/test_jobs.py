@@ -14,110 +14,57 @@ import torch
 
 from edge_agent.training import profiling, trainer
 from edge_agent.training.backbone import Backbone
-from edge_agent.training.jobs import run_job
 from edge_agent.training.memory import OutOfMemoryError, is_out_of_memory
 from edge_agent.training.workbench import Workbench
 from profiles.device import ComputeProfile
 from protos.contract import (
     AdapterSpec,
     Assignment,
-    BlobRef,
-    LocalReport,
+    Payload,
     ProfileRequest,
     from_plain,
     to_plain,
 )
-from protos.packing import Factors, pack, unpack
+from protos.packing import Parts, unpack
+from tests.edge_agent.training.rounds import (
+    HEAD,
+    NORM,
+    Device,
+    K,
+    at_start,
+    make_adapter,
+    make_assignment,
+    plus,
+    report_of,
+    run,
+)
 
 ROOT = Path(__file__).parents[3]
-K = 2
-
-
-def make_assignment(**changes: Any) -> Assignment:
-    facts: dict[str, Any] = {
-        "assignment_id": "a1",
-        "run_id": "run",
-        "round": 1,
-        "device_id": "d1",
-        "method": "fslora",
-        "rank": K,
-        "sketch_offset": 0,
-        "precision": "fp32",
-        "sequence_tokens": 48,
-        "micro_batch": 2,
-        "accumulation": 2,
-        "checkpointing": False,
-        "local_steps": 4,
-        "learning_rate": 5e-3,
-        "optimizer": "adamw",
-        "update_encoding": "float32",
-        "evaluation_sequences": 8,
-        "held_out_share": 0.25,
-        "seed": 7,
-        "deadline_s": 60.0,
-        "reason": "",
-        "slice": BlobRef("00" * 32, 1, "float32"),
-    }
-    return Assignment(**(facts | changes))
-
-
-def make_slice(spec: AdapterSpec, k: int) -> dict[str, Factors]:
-    """As in round 0: up is zero, down is drawn."""
-    draw = np.random.default_rng(3)
-    return {
-        m.name: Factors(
-            up=np.zeros((k, m.out_features), np.float32),
-            down=draw.normal(size=(k, m.in_features)).astype(np.float32) * 0.1,
-        )
-        for m in spec.modules
-    }
 
 
 @pytest.fixture
-def make_job(tmp_path: Path, base_folder: Path, code_folder: Path, spec: AdapterSpec):
+def make_job(device: Device, spec: AdapterSpec):
+    """A job on two rows as in round 0: up is zero, down is drawn."""
+
     def make(assignment: Assignment, update: str = "update.bin", **changes: Any) -> dict[str, Any]:
-        (tmp_path / "slice.bin").write_bytes(pack(spec, K, make_slice(spec, K), encoding="float32"))
-        job = {
-            "job": "train",
-            "base_folder": str(base_folder),
-            "spec": to_plain(spec),
-            "assignment": to_plain(assignment),
-            "slice_path": str(tmp_path / "slice.bin"),
-            "global_path": None,
-            "update_path": str(tmp_path / update),
-            "data": {
-                "include": [str(code_folder)],
-                "exclude": [],
-                "languages": [],
-                "max_files": None,
-            },
-            "memory_cap_bytes": None,
-        }
-        return job | changes
+        changes = {"update_path": str(device.folder / update)} | changes
+        return device.job(spec, assignment, at_start(spec, K), **changes)
 
     return make
 
 
-def run(job: dict[str, Any], bench: Workbench) -> list[dict[str, Any]]:
-    """Events of one job, as they would cross the pipe."""
-    events: list[dict[str, Any]] = []
-    try:
-        run_job(json.loads(json.dumps(job)), bench, lambda e: events.append(dict(e)))
-    except Exception as error:  # noqa: BLE001
-        events.append(trainer.describe(error))
-    return events
-
-
-def report_of(events: list[dict[str, Any]]) -> LocalReport:
-    assert events[-1]["event"] == "result", events[-1]
-    return from_plain(LocalReport, events[-1]["report"])
+def unpacked(job: dict[str, Any], spec: AdapterSpec) -> dict[str, Parts]:
+    """The update that a job wrote."""
+    task = from_plain(Assignment, job["assignment"])
+    packed = Path(job["update_path"]).read_bytes()
+    return unpack(packed, spec, task.update, assignment_digest=task.digest)
 
 
 def test_a_round_trains_the_slice_and_reports_it(
     make_job, bench: Workbench, spec: AdapterSpec, tmp_path: Path
 ) -> None:
-    task = make_assignment()
-    events = run(make_job(task), bench)
+    job = make_job(make_assignment())
+    events = run(job, bench)
     report = report_of(events)
     assert [e["step"] for e in events[:-1]] == [1, 2, 3, 4]
     assert report.outcome == "done"
@@ -131,16 +78,17 @@ def test_a_round_trains_the_slice_and_reports_it(
     assert trained.loss < received.loss, "a few steps on repetitive code must help"
     assert received.tokens == 8 * 47
 
-    delta = unpack((tmp_path / "update.bin").read_bytes(), spec, K, assignment_digest=task.digest)
-    assert all(np.abs(f.up).max() > 0 for f in delta.values()), "up starts at zero and moves"
+    delta = unpacked(job, spec)
+    assert all(np.abs(f["up"]).max() > 0 for f in delta.values()), "up starts at zero and moves"
     assert not list(tmp_path.glob("*.tmp")), "an update is there whole or not at all"
+    assert not (tmp_path / "home.new").exists(), "nothing to keep, nothing written"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_same_job_twice_gives_the_same_bytes(
     make_job, bench: Workbench, tmp_path: Path, checkpointing: bool
 ) -> None:
-    task = make_assignment(checkpointing=checkpointing, update_encoding="int8")
+    task = make_assignment(checkpointing=checkpointing, update=Payload(K, "int8"))
     report_of(run(make_job(task, "one.bin"), bench))
     report_of(run(make_job(make_assignment(seed=8), "between.bin"), bench))
     report_of(run(make_job(task, "two.bin"), bench))
@@ -150,34 +98,27 @@ def test_the_same_job_twice_gives_the_same_bytes(
 
 
 def test_the_update_is_trained_minus_received(
-    make_job, bench: Workbench, spec: AdapterSpec, tmp_path: Path
+    make_job, device: Device, bench: Workbench, spec: AdapterSpec
 ) -> None:
     """Adding the delta to what was received gives the loss that was reported as trained."""
     task = make_assignment(optimizer="sgd", learning_rate=0.5)
-    report = report_of(run(make_job(task), bench))
-    delta = unpack((tmp_path / "update.bin").read_bytes(), spec, K, assignment_digest=task.digest)
-    moved = {
-        n: Factors(up=f.up + delta[n].up, down=f.down + delta[n].down)
-        for n, f in make_slice(spec, K).items()
-    }
-    job = make_job(replace(task, local_steps=1), "again.bin")
-    (tmp_path / "slice.bin").write_bytes(pack(spec, K, moved, encoding="float32"))
-    again = report_of(run(job, bench))
+    job = make_job(task)
+    report = report_of(run(job, bench))
+    moved = plus(at_start(spec, K), unpacked(job, spec))
+    again = report_of(run(device.job(spec, replace(task, local_steps=1), moved), bench))
     trained, received = report.evaluation("slice", "trained"), again.evaluation("slice", "received")
     assert trained is not None and received is not None
     assert received.loss == pytest.approx(trained.loss, rel=1e-5)
 
 
 def test_a_whole_adapter_is_evaluated_without_training(
-    make_job, bench: Workbench, spec: AdapterSpec, tmp_path: Path
+    device: Device, bench: Workbench, spec: AdapterSpec, tmp_path: Path
 ) -> None:
-    whole = make_slice(spec, spec.rank)
-    (tmp_path / "whole.bin").write_bytes(pack(spec, spec.rank, whole, encoding="int8"))
-    task = make_assignment(slice=None, global_adapter=BlobRef("00" * 32, 1, "int8"))
-    job = make_job(task, global_path=str(tmp_path / "whole.bin"), slice_path=None, update_path=None)
+    task = make_assignment(local_steps=0, evaluates_global=True)
+    job = device.job(spec, task, whole=(make_adapter(spec, spec.rank),), update_path=None)
     report = report_of(run(job, bench))
     assert [(e.subject, e.stage) for e in report.evaluations] == [("global", "received")]
-    assert report.trained_parameters == 0
+    assert report.trained_parameters == report.train_tokens == 0
     assert not (tmp_path / "update.bin").exists()
 
 
@@ -418,6 +359,14 @@ def test_a_profile_measures_real_steps(profile_job, bench: Workbench) -> None:
     assert profile.forward_tokens_per_s > profile.tokens_per_s > 0
     assert profile.peak_bytes >= profile.baseline_bytes > 0
     assert (profile.rank, profile.sequence_tokens, profile.micro_batch) == (4, 32, 2)
+
+
+def test_a_profile_measures_a_run_with_tensors_trained_whole(
+    profile_job, bench: Workbench, spec: AdapterSpec
+) -> None:
+    whole = replace(spec, dense=(NORM, HEAD))
+    result = run(profile_job(spec=to_plain(whole)), bench)[-1]
+    assert from_plain(ComputeProfile, result["compute"]).tokens_per_s > 0
 
 
 def test_the_real_process_speaks_json_lines_and_outlives_failures(
