@@ -58,7 +58,7 @@ proto-check: $(PROTO_VENV)/.ready
 	@PYTHONPATH=. $(PROTO_VENV)/bin/python tools/proto_floor.py
 
 clean:  ## remove environments, caches and outputs
-	@rm -rf $(VENV) $(PROTO_VENV) build dist demo-output
+	@rm -rf $(VENV) $(PROTO_VENV) build dist demo-output compare-output
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -62,22 +62,21 @@ async def exchange(fleet: LocalFleet, folder: Path) -> dict[str, float]:
     while answer.kind != pb.NextTaskResponse.KIND_ASSIGNMENT:
         answer = await link.next_task(known, "", 10, 10)
     task = from_message(answer.assignment, Assignment)
-    assert task.slice is not None
+    (slice_,) = task.slice
     begun = time.perf_counter()
-    path = await link.fetch(task.slice, folder)
+    path = await link.fetch(slice_, folder)
     fetch_s = time.perf_counter() - begun
-    received = unpack(path.read_bytes(), spec, task.rank)
+    received = unpack(path.read_bytes(), spec, slice_.payload)
     assert received.keys() == {m.name for m in spec.modules}
     update = folder / "update"
-    update.write_bytes(pack(spec, task.rank, make_factors(spec), encoding=task.update_encoding,
-                            assignment_digest=task.digest))  # fmt: skip
+    update.write_bytes(pack(spec, task.update, make_factors(spec), assignment_digest=task.digest))
     digest = sha256_of(update)
     begun = time.perf_counter()
     await link.push(task.assignment_id, digest, update)
     push_s = time.perf_counter() - begun
     await link.report(LocalReport(task.assignment_id, "done", train_examples=1), 10)
     await link.close()
-    return {"fetch_s": fetch_s, "fetch_bytes": task.slice.size_bytes, "push_s": push_s,
+    return {"fetch_s": fetch_s, "fetch_bytes": slice_.size_bytes, "push_s": push_s,
             "push_bytes": update.stat().st_size}  # fmt: skip
 
 

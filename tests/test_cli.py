@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from trials.fleet import free_port, write_toml
 
@@ -26,9 +28,9 @@ HELPS = [
     ("coordinator.cli",),
     *(("coordinator.cli", c) for c in ("serve", "devices", "runs", "report", "export")),
     ("edge_agent.cli",),
-    *(("edge_agent.cli", c) for c in ("run", "probe", "status", "generate")),
+    *(("edge_agent.cli", c) for c in ("run", "probe", "status", "export", "generate")),
     ("trials.cli",),
-    ("trials.cli", "demo"),
+    *(("trials.cli", c) for c in ("demo", "compare")),
 ]
 LLAMA = {
     "model_type": "llama",
@@ -93,6 +95,13 @@ def _help_cpu_s(words: Sequence[str]) -> float:
         child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0 and text.startswith("usage: sketchfleet-"), text
     return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("module", sorted({words[0] for words in HELPS}))
+def test_every_command_is_in_the_help_of_its_program(module: str) -> None:
+    listed = {line.split()[0] for line in run(module, "--help").out.splitlines()
+              if line.startswith("    ") and not line.startswith("     ")}  # fmt: skip
+    assert listed == {words[1] for words in HELPS if words[0] == module and words[1:]}
 
 
 @pytest.mark.parametrize("module", ["coordinator.cli", "edge_agent.cli", "trials.cli"])
@@ -233,6 +242,54 @@ def test_an_unknown_method_is_named(tmp_path: Path) -> None:
     assert_one_sentence(serve(run_toml(tmp_path, method={"name": "fedsgd"})), "fedsgd", "fslora")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {"name": "fedit", "energy": 0.5}}, ["energy is not for fedit", "no options"]),
+        ({"method": {"name": "flexlora"}, "server_optimizer": {"name": "adam"}},
+         ["adam cannot be used with flexlora", "leave the section out"]),
+        ({"method": {"name": "flora"}, "training": {"keep_optimizer": True}},
+         ["keep_optimizer cannot be used with flora", "set it to false"]),
+        ({"fairness": {"weights": "fair"}}, ["'fair' do not exist", "samples"]),
+        ({"fairness": {"loss": "propfair"}}, ["propfair_ceiling", "1.5 times"]),
+    ],
+    ids=["foreign key", "server optimiser", "kept moments", "unknown weights", "no ceiling"],
+)  # fmt: skip
+def test_what_a_method_cannot_use_is_named(
+    tmp_path: Path, changes: dict[str, dict[str, Any]], words: list[str]
+) -> None:
+    assert_one_sentence(serve(run_toml(tmp_path, **changes)), "run.toml", *words)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("lm_head", ["'lm_head'", "no weights of its own", "tied"]),
+        ("model.layers.0.conv", ["has shape [2, 2, 2]", "vectors and matrices"]),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole_are_named(
+    tmp_path: Path, module: str, words: list[str]
+) -> None:
+    base = model_folder(tmp_path / "base")
+    save_file({"model.layers.0.conv.weight": np.zeros((2, 2, 2), np.float32)},
+              base / "model.safetensors")  # fmt: skip
+    said = serve(run_toml(tmp_path, model={"base": "base", "modules_to_save": [module]}))
+    assert_one_sentence(said, *words)
+
+
+def test_a_module_that_is_adapted_and_trained_whole_is_named(tmp_path: Path) -> None:
+    both = "model.layers.0.self_attn.q_proj"
+    said = serve(run_toml(tmp_path, model={"base": "base", "modules_to_save": [both]}))
+    assert_one_sentence(said, both, "both adapted and trained whole", "take it out")
+
+
+def test_weights_that_are_none_are_named_when_some_are_trained_whole(tmp_path: Path) -> None:
+    model_folder(tmp_path / "base")
+    said = serve(run_toml(tmp_path, model={"base": "base", "modules_to_save": ["lm_head"]}))
+    assert_one_sentence(said, "model.safetensors is no safetensors file")
+
+
 # --- ports, folders and runs ------------------------------------------------------------------
 
 
@@ -321,6 +378,8 @@ def test_a_run_of_the_same_name_but_another_adapter_is_refused(tmp_path: Path) -
     for change in ({"adapter": {"rank": 8}}, {"run": {"name": "cli", "seed": 2}}):
         said = serve(run_toml(tmp_path, **change))
         assert_one_sentence(said, "'cli' was started with another", "new [run] name")
+    said = serve(run_toml(tmp_path, method={"name": "fedit"}))
+    assert_one_sentence(said, "'cli' was started with method fslora", "now says fedit")
 
 
 def test_a_state_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -507,21 +566,32 @@ def test_probe_works_without_a_coordinator(tmp_path: Path) -> None:
     assert json.loads(said.out)["memory_total_bytes"] > 0
 
 
-# --- the demo ---------------------------------------------------------------------------------
+# --- trials -----------------------------------------------------------------------------------
+
+both_trials = pytest.mark.parametrize("trial", ["demo", "compare"])
 
 
-def test_the_demo_keeps_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+@both_trials
+def test_a_trial_keeps_a_folder_that_is_not_its_own(tmp_path: Path, trial: str) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    said = run("trials.cli", "demo", "--out", str(tmp_path))
+    said = run("trials.cli", trial, "--out", str(tmp_path))
     assert_one_sentence(said, "holds other files", "--out")
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_the_demo_does_not_replace_a_file(tmp_path: Path) -> None:
+@both_trials
+def test_a_trial_does_not_replace_a_file(tmp_path: Path, trial: str) -> None:
     (tmp_path / "out").write_text("years of work")
-    assert_one_sentence(run("trials.cli", "demo", "--out", str(tmp_path / "out")), "is a file")
+    assert_one_sentence(run("trials.cli", trial, "--out", str(tmp_path / "out")), "is a file")
 
 
-def test_the_demo_names_the_devices_it_has(tmp_path: Path) -> None:
-    said = run("trials.cli", "demo", "--out", str(tmp_path / "out"), "--data", "toaster=/tmp")
+@both_trials
+def test_a_trial_names_the_devices_it_has(tmp_path: Path, trial: str) -> None:
+    said = run("trials.cli", trial, "--out", str(tmp_path / "out"), "--data", "toaster=/tmp")
     assert_one_sentence(said, "toaster", "laptop")
+
+
+def test_a_comparison_knows_its_methods_before_it_begins(tmp_path: Path) -> None:
+    said = run("trials.cli", "compare", "--out", str(tmp_path / "out"), "--methods", "fedit,fedsgd")
+    assert_one_sentence(said, "'fedsgd' does not exist", "fslora")
+    assert not (tmp_path / "out").exists()

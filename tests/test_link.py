@@ -14,7 +14,7 @@ from edge_agent import link as link_module
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.membership import Membership, MembershipError
-from protos.contract import BlobRef, LocalReport, Reason
+from protos.contract import BlobRef, LocalReport, Payload, Reason
 from protos.packing import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.transfer import CHUNK_BYTES, MAX_MESSAGE_BYTES, crc32
@@ -192,7 +192,7 @@ async def test_an_update_file_that_is_not_what_was_promised_is_refused(harness, 
 async def test_a_chunk_that_does_not_belong_is_refused(harness, tmp_path):
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, _ = await trained(fleet)
-        size = packed_bytes(spec, a.rank, a.update_encoding)
+        size = packed_bytes(spec, a.update)
         begun = await device.begin(a.assignment_id, "0" * 64, size)
         for offset, data in ((size, b"x"), (-1, b"x"), (0, bytes(CHUNK_BYTES + 1))):
             call = device.put(begun.upload_id, offset, data, crc32(data))
@@ -219,6 +219,13 @@ async def test_a_message_above_the_limit_is_refused_before_it_is_looked_at(harne
 # --- fetching -----------------------------------------------------------------------------------
 
 
+async def one_slice(device):
+    """The one file that a device's slice of the first round is."""
+    _, a = await device.take()
+    (blob,) = a.slice
+    return blob
+
+
 def note_fetches(monkeypatch):
     """Offsets from which the coordinator sends blobs."""
     from coordinator import service
@@ -237,16 +244,17 @@ def note_fetches(monkeypatch):
 async def test_a_fetch_resumes_from_what_is_there(harness, tmp_path, monkeypatch, held):
     async with harness.fleet(tmp_path, **large(harness)) as fleet:
         device = fleet["ash"]
-        _, a = await device.take()
-        whole = fleet.coordinator.blobs.path(a.slice.digest).read_bytes()
+        slice_ = await one_slice(device)
+        whole = fleet.coordinator.blobs.path(slice_.digest).read_bytes()
         folder = tmp_path / "fetched"
         folder.mkdir()
-        (folder / f"{a.slice.digest}.part").write_bytes(whole[:held])
+        (folder / f"{slice_.digest}.part").write_bytes(whole[:held])
         offsets = note_fetches(monkeypatch)
-        path = await device.link.fetch(a.slice, folder)
+        path = await device.link.fetch(slice_, folder)
         assert offsets == [held] and path.read_bytes() == whole
-        assert [p.name for p in folder.iterdir()] == [a.slice.digest]
-        await device.link.fetch(a.slice, folder)
+        assert [p.name for p in folder.iterdir()] == [slice_.digest]
+        assert device.link.fetched_bytes == len(whole) - held
+        await device.link.fetch(slice_, folder)
         assert offsets == [held], "what is there is not fetched again"
 
 
@@ -257,7 +265,7 @@ async def test_a_fetch_goes_on_after_the_coordinator_died(
         from coordinator import service
 
         device = fleet["ash"]
-        _, a = await device.take()
+        slice_ = await one_slice(device)
         real, offsets, halfway = service.chunks, [], asyncio.Event()
 
         def breaking(path, offset):
@@ -269,25 +277,25 @@ async def test_a_fetch_goes_on_after_the_coordinator_died(
                 yield piece
 
         monkeypatch.setattr(service, "chunks", breaking)
-        fetching = asyncio.create_task(device.link.fetch(a.slice, tmp_path))
+        fetching = asyncio.create_task(device.link.fetch(slice_, tmp_path))
         await asyncio.wait_for(halfway.wait(), 10)
         await fleet.restart()
         path = await fetching
-        assert path.read_bytes() == fleet.coordinator.blobs.path(a.slice.digest).read_bytes()
+        assert path.read_bytes() == fleet.coordinator.blobs.path(slice_.digest).read_bytes()
         assert len(offsets) >= 2 and offsets[-1] > 0
 
 
 async def test_a_damaged_part_is_fetched_anew(harness, tmp_path, monkeypatch, impatient):
     async with harness.fleet(tmp_path, **large(harness)) as fleet:
         device = fleet["ash"]
-        _, a = await device.take()
+        slice_ = await one_slice(device)
         folder = tmp_path / "fetched"
         folder.mkdir()
-        (folder / f"{a.slice.digest}.part").write_bytes(b"?" * 1000)
+        (folder / f"{slice_.digest}.part").write_bytes(b"?" * 1000)
         offsets = note_fetches(monkeypatch)
-        path = await device.link.fetch(a.slice, folder)
+        path = await device.link.fetch(slice_, folder)
         assert offsets == [1000, 0]
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == a.slice.digest
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == slice_.digest
 
 
 @pytest.mark.parametrize("digest", ["0" * 64, "", "../join-token"])
@@ -298,7 +306,7 @@ async def test_a_blob_that_is_not_kept_is_refused(harness, tmp_path, digest):
         )
         assert await harness.reason_for(call.read()) is Reason.UNKNOWN_BLOB
         with pytest.raises(RefusedError, match="blob") as told:
-            await fleet["ash"].link.fetch(BlobRef("0" * 64, 10, "int8"), tmp_path)
+            await fleet["ash"].link.fetch(BlobRef("0" * 64, 10, Payload(1, "int8")), tmp_path)
         assert told.value.reason is Reason.UNKNOWN_BLOB
 
 
@@ -309,7 +317,7 @@ async def test_every_call_but_enrolment_needs_a_credential(harness, tmp_path):
     async with harness.fleet(tmp_path, names=()) as fleet:
         link = Link(fleet.coordinator.address)
         try:
-            blob = BlobRef("0" * 64, 10, "int8")
+            blob = BlobRef("0" * 64, 10, Payload(1, "int8"))
             calls = [
                 link.renew(), link.next_task(None, "", 0.0, 0.0), link.probe(metered=True),
                 link.report(LocalReport("run.0.ash", "done"), 0.0), link.fetch(blob, tmp_path),

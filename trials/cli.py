@@ -1,4 +1,4 @@
-"""sketchfleet-trial: demo. Imports nothing heavy until it runs."""
+"""sketchfleet-trial: demo, compare. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from profiles.errors import SketchfleetError
+
+OWN_DATA = "let a device train on a folder of yours, for example laptop=~/src (repeatable)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,15 +22,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--out", type=Path, default=Path("demo-output"), metavar="FOLDER")
     demo.add_argument("--rounds", type=int, default=6, help="training rounds (default: 6)")
-    demo.add_argument(
-        "--data", action="append", default=[], metavar="NAME=FOLDER",
-        help="let a device train on a folder of yours, for example laptop=~/src (repeatable)",
-    )  # fmt: skip
+    compare = commands.add_parser(
+        "compare", help="several methods on the same devices, data and seed: a table and a picture"
+    )
+    compare.add_argument("--out", type=Path, default=Path("compare-output"), metavar="FOLDER")
+    compare.add_argument("--rounds", type=int, default=4, help="training rounds (default: 4)")
+    compare.add_argument(
+        "--methods", default="", metavar="A,B,...", help="names as in run.toml (default: all)"
+    )
+    for command in (demo, compare):
+        command.add_argument(
+            "--data", action="append", default=[], metavar="NAME=FOLDER", help=OWN_DATA
+        )
     args = parser.parse_args(argv)
     try:
-        from trials.demo import demo as run_demo
+        if args.command == "demo":
+            from trials.demo import demo as run_demo
 
-        return run_demo(args.out, args.rounds, args.data)
+            return run_demo(args.out, args.rounds, args.data)
+        from trials.compare import compare as run_compare
+
+        methods = [name.strip() for name in args.methods.split(",") if name.strip()]
+        return run_compare(args.out, methods, args.rounds, args.data)
     except SketchfleetError as error:
         print(f"sketchfleet-trial: {error}", file=sys.stderr)
         return 1

@@ -23,8 +23,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.export import export_peft
-from coordinator.merge import adapter_from_factors
+from coordinator.export import export_run
 from coordinator.report import (
     DEVICE_COLUMNS,
     RunReport,
@@ -36,7 +35,6 @@ from coordinator.report import (
 from coordinator.serve import open_state
 from coordinator.store.records import Records
 from coordinator.tables import table
-from protos.packing import unpack
 from trials.fleet import DeviceSetup, FleetError, LocalFleet, environment, fresh_folder
 from trials.picture import loss_picture
 
@@ -123,11 +121,9 @@ def demo(out: Path, rounds: int, chosen: Sequence[str]) -> int:
         _watch(fleet, records, console, started, rounds)
         report = build_report(records, fleet.run_id)
     seconds = time.monotonic() - started
-    spec = report.run.spec
-    digest = records.adapter_digest(fleet.run_id)
-    assert digest is not None
-    adapter = adapter_from_factors(spec, unpack(blobs.path(digest).read_bytes(), spec, spec.rank))
-    exported = export_peft(spec, adapter, folder / "adapter", str(NANO_CODE))
+    model = records.model(fleet.run_id)
+    assert model is not None
+    exported = export_run(report.run, model[1], blobs, folder / "adapter")
     picture = loss_picture(report, folder / "loss.png")
     records.close()
     _show(console, report, seconds)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -142,6 +143,22 @@ class LocalFleet:
             time.sleep(0.1)
         raise FleetError(f"the coordinator did not listen within {patience_s:.0f} s; see "
                          f"{self.log('coordinator')}")  # fmt: skip
+
+    def await_finish(self, records: Records, patience_s: float) -> None:
+        """Waits for the end of the run. Raises `FleetError` when a process fails or it drags on."""
+        until = time.monotonic() + patience_s
+        while True:
+            for name in self.processes:
+                self.check(name)
+            run = records.run(self.run_id)
+            if run is not None and run.finished_at is not None:
+                return
+            if time.monotonic() > until:
+                raise FleetError(
+                    f"the run did not finish within {patience_s:.0f} s; see "
+                    f"{self.log('coordinator')}"
+                )
+            time.sleep(0.25)
 
     def kill(self, name: str) -> None:
         """SIGKILL to one process (and, for an agent, to its trainer)."""

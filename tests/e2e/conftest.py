@@ -21,7 +21,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from coordinator.store.records import AssignmentRecord, Records, RoundRecord
+from coordinator.state import StateFile, StateReader
+from coordinator.store.blobs import BlobStore
+from coordinator.store.records import AssignmentRecord, Records, RoundRecord, RunRecord
 from tests.tiny_base import write_base
 from trials.fleet import DeviceSetup, LocalFleet
 
@@ -73,10 +75,28 @@ class Outcome:
 
     folder: Path
     state: Path
-    digests: tuple[str, ...]  # of the adapter, by version
+    digests: tuple[
+        tuple[tuple[str, str], ...], ...
+    ]  # (role, blob) of the model's files, by version
     rounds: tuple[RoundRecord, ...]
     assignments: tuple[AssignmentRecord, ...]
     seconds: float
+
+    def records(self) -> Records:
+        """The database; to be closed by whoever opens it."""
+        return Records(self.state / "coordinator.sqlite")
+
+    def model(self, version: int) -> tuple[RunRecord, StateReader]:
+        """The run, and the global model after so many rounds."""
+        records, blobs = self.records(), BlobStore(self.state / "blobs")
+        try:
+            run, found = records.run(RUN), records.model(RUN, version)
+        finally:
+            records.close()
+        assert run is not None and found is not None and found[0] == version
+        return run, StateReader(
+            run.spec, {r: StateFile(blobs.path(b.digest), b.payload) for r, b in found[1].items()}
+        )
 
     def arrival_order(self, round_: int) -> list[str]:
         """Devices in the order their updates arrived."""
@@ -118,14 +138,14 @@ class Yard:
                 fleet.start_agent(device)
             yield fleet
 
-    def finish(self, fleet: LocalFleet) -> Outcome:
+    def finish(self, fleet: LocalFleet, rounds: int = ROUNDS) -> Outcome:
         """Waits until the run is finished and every process has ended with exit code 0."""
         began = time.monotonic()
         names = ["coordinator", *(d.name for d in fleet.devices)]
         self.await_(fleet, lambda: not any(fleet.running(n) for n in names), "the run to finish")
         said = logs(fleet)
         assert "Traceback" not in said and "traceback" not in said, said
-        return outcome(fleet, time.monotonic() - began)
+        return outcome(fleet, time.monotonic() - began, rounds)
 
     def await_(
         self, fleet: LocalFleet, happened: Callable[[], bool], what: str, ignore: str = ""
@@ -142,17 +162,18 @@ class Yard:
             time.sleep(POLL_S)
 
 
-def outcome(fleet: LocalFleet, seconds: float) -> Outcome:
+def outcome(fleet: LocalFleet, seconds: float, rounds: int) -> Outcome:
     records = Records(fleet.state / "coordinator.sqlite")
     try:
         run = records.run(RUN)
         assert run is not None and run.finished_at is not None, logs(fleet)
-        digests = [records.adapter_digest(RUN, version) for version in range(ROUNDS + 1)]
-        assert all(digests), f"versions {digests}\n{logs(fleet)}"
+        models = [records.model(RUN, version) for version in range(rounds + 1)]
+        found = [m is not None and m[0] == version for version, m in enumerate(models)]
+        assert all(found), f"versions {found}\n{logs(fleet)}"
         return Outcome(
             fleet.folder,
             fleet.state,
-            tuple(str(d) for d in digests),
+            tuple(tuple((r, b.digest) for r, b in m[1].items()) for m in models if m is not None),
             tuple(records.all_rounds(RUN)),
             tuple(records.assignments(RUN)),
             seconds,

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 
 from coordinator.lowrank import Bundle
-from coordinator.merge import adapter_from_factors
-from coordinator.store.blobs import BlobStore
-from coordinator.store.records import Records
-from protos.contract import AdapterSpec
-from protos.packing import packed_bytes, unpack
+from protos.contract import AdapterSpec, Payload
+from protos.packing import packed_bytes
 from tests.e2e.conftest import RANK, ROUNDS, RUN, Outcome, Yard
 
 pytestmark = pytest.mark.e2e
@@ -24,19 +21,12 @@ DEVICES = ("desk", "field", "lab")
 
 
 def spec_of(outcome: Outcome) -> AdapterSpec:
-    records = Records(outcome.state / "coordinator.sqlite")
-    try:
-        run = records.run(RUN)
-        assert run is not None
-        return run.spec
-    finally:
-        records.close()
+    return outcome.model(0)[0].spec
 
 
 def adapter_of(outcome: Outcome, version: int) -> dict[str, Bundle]:
-    spec = spec_of(outcome)
-    packed = BlobStore(outcome.state / "blobs").path(outcome.digests[version]).read_bytes()
-    return adapter_from_factors(spec, unpack(packed, spec, spec.rank))
+    run, model = outcome.model(version)
+    return {m.name: model.module(m.name).product for m in run.spec.modules}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +88,8 @@ def test_a_device_trains_and_sends_exactly_its_k_of_r(first_run: Outcome) -> Non
         assert report is not None and a.update_digest is not None
         assert report.trained_parameters == k * spec.parameters_per_rank
         assert report.trained_parameters * spec.rank == k * (spec.rank * spec.parameters_per_rank)
-        sent = packed_bytes(spec, k, "int8")
+        assert a.assignment.update == Payload(k, "int8")
+        sent = packed_bytes(spec, a.assignment.update)
         assert a.update_bytes == report.pushed_bytes == sent
         seen.add((a.assignment.device_id, k))
     assert ("field", RANK // 2) in seen, "the slow link was to halve the sketch"
