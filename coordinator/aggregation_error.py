@@ -26,7 +26,7 @@ from coordinator.methods import Method, ModuleState, ModuleUpdate
 
 EPSILON = 1e-12  # keeps the relative error finite while the ideal update is still zero
 EXACT_COMPONENTS = 256  # of ideal and result together; 20 ms for the widest layer of a 1.5 B model
-PROBES = 8  # of an estimate: its deviation is below 25 % for one layer, 2 % over two hundred
+PROBES = 8  # of an estimate: its standard deviation is about 25 % for one layer, 2 % for 200
 
 
 class ErrorMeter:

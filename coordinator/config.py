@@ -84,7 +84,8 @@ class ServerOptimizerSection(Section):
     """How the merged change is applied (FedOpt, arXiv 2003.00295)."""
 
     name: Literal["plain", "momentum", "adam"] = "plain"
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """1 unless given; 0.01 for Adam, whose steps are about this long whatever the change."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Field(gt=0)] = 1e-3
@@ -214,16 +215,34 @@ class RunConfig(Section):
             raise ValueError("[training] min_local_steps exceeds local_steps")
         if self.round.round_s > self.round.max_round_s:
             raise ValueError("[round] round_s exceeds max_round_s")
-        if self.fairness.loss == "propfair":
-            if self.fairness.propfair_ceiling <= self.fairness.propfair_margin:
-                raise ValueError(
-                    "[fairness] loss = propfair needs propfair_ceiling above propfair_margin: "
-                    "about 1.5 times the highest loss at the start"
-                )
-        elif self.fairness.propfair_ceiling:
-            raise ValueError('[fairness] propfair_ceiling needs loss = "propfair"')
+        f = self.fairness
+        if f.loss == "propfair" and f.propfair_ceiling <= f.propfair_margin:
+            raise ValueError(
+                "[fairness] loss = propfair needs propfair_ceiling above propfair_margin: about "
+                "1.5 times the highest loss at the start"
+            )
+        self._refuse_idle_keys()
         self._check_method()
         return self
+
+    def _refuse_idle_keys(self) -> None:
+        """Refuses keys that would change nothing: whoever wrote them expects otherwise."""
+        fairness, optimizer = self.fairness, self.server_optimizer
+        needs = {
+            ("fairness", "q"): ("weights", "q-ffl", fairness.weights),
+            ("fairness", "step"): ("weights", "afl", fairness.weights),
+            ("fairness", "t"): ("weights", "term", fairness.weights),
+            ("fairness", "propfair_ceiling"): ("loss", "propfair", fairness.loss),
+            ("fairness", "propfair_margin"): ("loss", "propfair", fairness.loss),
+            ("server_optimizer", "beta2"): ("name", "adam", optimizer.name),
+            ("server_optimizer", "tau"): ("name", "adam", optimizer.name),
+        }
+        for (section, key), (other, wanted, found) in needs.items():
+            if key in _changed(getattr(self, section)) and found != wanted:
+                raise ValueError(
+                    f'[{section}] {key} does nothing with {other} = "{found}"; it needs '
+                    f'{other} = "{wanted}"'
+                )
 
     def _check_method(self) -> None:
         """Refuses what the method cannot use."""
@@ -232,19 +251,17 @@ class RunConfig(Section):
             self.make_weight_rule()
         except SketchfleetError as error:
             raise ValueError(str(error)) from error
-        fields = MethodSection.model_fields  # a stored configuration names every key
-        given = {k for k in fields if getattr(self.method, k) != fields[k].default} - {"name"}
-        if foreign := sorted(given - set(method.options)):
+        if foreign := sorted(_changed(self.method) - {"name"} - set(method.options)):
             takes = f"takes {', '.join(method.options)}" if method.options else "takes no options"
             raise ValueError(f"[method] {foreign[0]} is not for {method.name}, which {takes}")
         optimizer = self.server_optimizer
         if not isinstance(method, RowMethod) and (
-            optimizer.name != "plain" or optimizer.learning_rate != 1
+            optimizer.name != "plain" or optimizer.learning_rate not in (None, 1)
         ):
             raise ValueError(
-                f"[server_optimizer] {optimizer.name} cannot be used with {method.name}: it "
-                "rebuilds the factors each round, so that moments of the last round's would point "
-                "elsewhere; leave the section out"
+                f"[server_optimizer] {optimizer.name} cannot be used with {method.name}: its merge "
+                "fits or rebuilds the factors and is no step that could be lengthened or "
+                "remembered; leave the section out"
             )
         stale = (
             f"cannot be used with {method.name}: its rows mean something else each round, so that "
@@ -273,12 +290,18 @@ class RunConfig(Section):
 
     def make_server_optimizer(self) -> ServerOptimizer:
         """The server's optimiser."""
-        return make_optimizer(**self.server_optimizer.model_dump())
+        return make_optimizer(**self.server_optimizer.model_dump(exclude_none=True))
 
     def make_weight_rule(self) -> WeightRule:
         """The rule that weighs devices. Raises `WeightRuleError`."""
         f = self.fairness
         return make_rule(f.weights, WeightOptions(q=f.q, t=f.t, step=f.step))
+
+
+def _changed(section: Section) -> set[str]:
+    """Keys that differ from their defaults; a stored configuration names every key."""
+    fields = type(section).model_fields
+    return {key for key in fields if getattr(section, key) != fields[key].default}
 
 
 def load_config(path: Path) -> RunConfig:

@@ -334,6 +334,14 @@ class Engine:
             path=self._blobs.path(record.update_digest),
             weight=weight,
             kept=record.report.kept_rank if self._method.pruning is not None else 0,
+            start=self._sparse_start(record.assignment),
+        )
+
+    def _sparse_start(self, task: Assignment) -> tuple[StateFile, ...]:
+        """The files of a slice that travelled without its small values; none for others."""
+        sparse = any(blob.payload.density < 1 for blob in task.slice)
+        return tuple(
+            StateFile(self._blobs.path(blob.digest), blob.payload) for blob in task.slice if sparse
         )
 
     # --- what devices call ----------------------------------------------------------------------

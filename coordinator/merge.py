@@ -40,7 +40,8 @@ MOST_OPEN = 256  # updates held open at once; a process may have a thousand file
 class StoredUpdate:
     """A packed update on disk, the assignment it answers, and the weight it enters with.
 
-    kept: the rows left after the device pruned itself, 0 for all.
+    kept: the rows left after the device pruned itself, 0 for all. start: the files that the device
+    began with, where they are not all values of their rows (FLASC's sparse slices).
     """
 
     device_id: str
@@ -48,6 +49,7 @@ class StoredUpdate:
     path: Path
     weight: float
     kept: int = 0
+    start: tuple[StateFile, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,8 @@ class Merger:
     """What a merge needs besides the updates: the rule, and the models they started from.
 
     start: the model that slices of a round were cut from. A late update's slice was cut from an
-    older one; its changes are added to today's.
+    older one: methods that move rows add its changes to today's, those that average products take
+    the device's product as it was.
     """
 
     spec: AdapterSpec
@@ -214,24 +217,31 @@ class Merger:
             rows = rows[: update.kept]
             delta = {part: values[: update.kept] for part, values in delta.items()}
         lift = scale / before.adapter.scale if self.method.scaling == "common" else 1.0
-        begin = partial(self._begin, module, task, rows, scale, round_, before)
+        begin = partial(self._begin, module, update, rows, scale, round_, before)
         return ModuleUpdate(
             update.device_id, rows, begin, delta, update.weight, lift,
-            on_time=task.round == round_, finite=True,
+            on_time=task.round == round_ and not update.start, finite=True,
         )  # fmt: skip
 
     def _begin(
         self,
         module: str,
-        task: Assignment,
+        update: StoredUpdate,
         rows: Rows,
         scale: float,
         round_: int,
         before: ModuleState,
     ) -> ModuleState:
         """The slice as it was handed out."""
+        task = update.assignment
+        m, n = before.adapter.up.shape[1], before.adapter.down.shape[1]
+        if update.start:
+            held: Parts = {}
+            for file in update.start:
+                if "dense" not in file.payload.parts:
+                    held |= open_packed(file.path, self.spec, file.payload).module(module)
+            return ModuleState(Bundle(held["up"], held["down"], scale))
         if self.method.fresh:
-            m, n = before.adapter.up.shape[1], before.adapter.down.shape[1]
             down = initial_down(
                 self.spec.seed, module, task.rank, n, round_=task.round, device_id=task.device_id
             )

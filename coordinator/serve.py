@@ -49,9 +49,27 @@ def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape
     shape = read_shape(folder)
     modules = shape.modules(config.model.targets)
     whole = config.model.modules_to_save
-    if both := sorted({m.name for m in modules} & set(whole)):
+    linears = {m.name: m in modules for m in shape.modules(())}
+    quantised = config.training.precision in ("nf4", "int8", "auto")
+    for name, adapted in linears.items():
+        around = next((w for w in whole if f"{name}.".startswith(f"{w}.")), None)
+        if around is not None and adapted:
+            raise ServeError(
+                f"[model] {name} is both adapted and trained whole (modules_to_save names "
+                f"{around}); name smaller modules there or take its projection out of targets"
+            )
+        if around is not None and quantised:
+            raise ServeError(
+                f"[model] modules_to_save takes in {name}, which [training] precision = "
+                f'"{config.training.precision}" quantises; quantised weights cannot be trained, '
+                "use bf16 or fp32"
+            )
+    dense = dense_tensors(folder, tuple(dict.fromkeys(whole)))
+    names = [tensor.name for tensor in dense]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ServeError(
-            f"[model] {both[0]} is both adapted and trained whole; take it out of modules_to_save"
+            f"[model] modules_to_save names {twice[0]} twice, once with a module around it; leave "
+            "one of them out"
         )
     spec = AdapterSpec(
         run_id=config.run.name,
@@ -63,7 +81,7 @@ def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape
         use_rslora=config.adapter.rslora,
         seed=config.run.seed,
         modules=modules,
-        dense=dense_tensors(folder, whole),
+        dense=dense,
     )
     return spec, shape
 

@@ -19,6 +19,9 @@ Step = NDArray[np.floating[Any]]
 Moments = dict[str, NDArray[np.float32]]
 
 
+ADAM_RATE = 1e-2  # its steps are about this long, whatever the size of the change
+
+
 class ServerOptimizerError(SketchfleetError):
     """No such optimiser, or a setting out of its range."""
 
@@ -71,7 +74,7 @@ class Adam(ServerOptimizer):
 
     def __init__(
         self,
-        learning_rate: float = 1e-2,
+        learning_rate: float = ADAM_RATE,
         beta1: float = 0.9,
         beta2: float = 0.99,
         tau: float = 1e-3,
@@ -92,12 +95,17 @@ class Adam(ServerOptimizer):
 def make_optimizer(
     name: str,
     *,
-    learning_rate: float = 1.0,
+    learning_rate: float | None = None,
     beta1: float = 0.9,
     beta2: float = 0.99,
     tau: float = 1e-3,
 ) -> ServerOptimizer:
-    """The optimiser of that name. Raises `ServerOptimizerError`."""
+    """The optimiser of that name; learning rate 1 unless given, Adam's `ADAM_RATE`.
+
+    Raises `ServerOptimizerError`.
+    """
+    if learning_rate is None:
+        learning_rate = ADAM_RATE if name == "adam" else 1.0
     numbers = (learning_rate, beta1, beta2, tau)
     sound = all(map(math.isfinite, numbers)) and learning_rate > 0 and tau > 0
     if not sound or not (0 <= beta1 < 1 and 0 <= beta2 < 1):

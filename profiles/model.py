@@ -189,7 +189,8 @@ def dense_tensors(folder: Path, names: Sequence[str]) -> tuple[ModuleShape, ...]
         if not own:
             raise ModelError(
                 f"[model] modules_to_save names {name!r}, which has no weights of its own in "
-                f"{folder}; an output head tied to the embeddings has none"
+                f"{folder}; give a module's whole name, for example model.norm (an output head "
+                "that is tied to the embeddings has none)"
             )
         for tensor in own:
             shape = shapes[tensor]

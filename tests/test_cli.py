@@ -280,8 +280,15 @@ def test_modules_that_cannot_be_trained_whole_are_named(
 
 def test_a_module_that_is_adapted_and_trained_whole_is_named(tmp_path: Path) -> None:
     both = "model.layers.0.self_attn.q_proj"
-    said = serve(run_toml(tmp_path, model={"base": "base", "modules_to_save": [both]}))
-    assert_one_sentence(said, both, "both adapted and trained whole", "take it out")
+    for named in (both, "model.layers.0.self_attn", "model"):
+        said = serve(run_toml(tmp_path, model={"base": "base", "modules_to_save": [named]}))
+        assert_one_sentence(said, both, "both adapted and trained whole", named, "smaller modules")
+
+
+def test_a_module_that_the_base_quantises_cannot_be_trained_whole(tmp_path: Path) -> None:
+    chosen = {"targets": ["v_proj"], "modules_to_save": ["model.layers.0.self_attn.q_proj"]}
+    said = serve(run_toml(tmp_path, model={"base": "base", **chosen}))
+    assert_one_sentence(said, "q_proj", "nf4", "quantises", "use bf16 or fp32")
 
 
 def test_weights_that_are_none_are_named_when_some_are_trained_whole(tmp_path: Path) -> None:

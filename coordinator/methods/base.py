@@ -222,7 +222,8 @@ class Method(ABC):
 
     # --- what devices get, train and send -------------------------------------------------------
 
-    # `version` counts the rounds merged into the adapter that a device starts from.
+    # `version` is of the model that a device starts from: 0 at first, then one more than the last
+    # round that merged anything.
 
     def trained(self, version: int) -> tuple[Part, ...]:
         """What devices train from this version."""
@@ -278,7 +279,7 @@ class Method(ABC):
     ) -> ModuleState:
         """The module after a round, the same bits whatever the order given.
 
-        Sums in float64, in order of device id; updates of weight zero count for nothing. Raises
+        Sums in order of device id; updates of weight zero count for nothing. Raises
         `WeightError`, `UpdateError`.
         """
         ordered = sorted(updates, key=lambda update: update.device_id)

@@ -60,7 +60,8 @@ def starting_personal(
     from what was received.
     """
     shapes = {name: {p: v.shape for p, v in parts.items()} for name, parts in received.items()}
-    kept = home.personal if task.keeps_basis else {}
+    # What is not trained stands for all devices alike: RoLoRA's resting factor, Fed-SB's bases.
+    kept = _of_parts(home.personal, task.trained) if task.keeps_basis else {}
     return _first_found(shapes, kept, received, {})
 
 

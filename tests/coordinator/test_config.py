@@ -231,12 +231,32 @@ def test_what_devices_keep_is_refused_where_rows_do_not_stay(load, name, section
 # --- fairness -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["samples", "uniform", "q-ffl", "afl", "term"])
+OWN_KEY = {"q-ffl": ("q", 2.0), "afl": ("step", 0.5), "term": ("t", -1.0)}
+
+
+@pytest.mark.parametrize("rule", ["samples", "uniform", *OWN_KEY])
 def test_every_weight_rule_is_made_with_its_options(load, rule):
-    config = load(LEAST + f'[fairness]\nweights = "{rule}"\nq = 2\nt = -1\nstep = 0.5\n')
-    made = config.make_weight_rule()
+    key, value = OWN_KEY.get(rule, ("", 0.0))
+    line = f"{key} = {value}\n" if key else ""
+    made = load(LEAST + f'[fairness]\nweights = "{rule}"\n{line}').make_weight_rule()
     assert made.name == rule
-    assert (made.options.q, made.options.t, made.options.step) == (2.0, -1.0, 0.5)
+    assert not key or getattr(made.options, key) == value
+
+
+@pytest.mark.parametrize(("lines", "key"), [
+    ('[fairness]\nq = 2', "q"), ('[fairness]\nweights = "q-ffl"\nt = 2', "t"),
+    ('[fairness]\nstep = 2', "step"), ("[fairness]\npropfair_ceiling = 6", "propfair_ceiling"),
+    ('[server_optimizer]\nname = "momentum"\nbeta2 = 0.5', "beta2"),
+])  # fmt: skip
+def test_a_key_that_would_do_nothing_is_refused(load, lines, key):
+    refused(load, f"{LEAST}{lines}\n", rf"{key} does nothing with \w+ = .*; it needs")
+
+
+def test_adam_at_the_server_takes_short_steps_unless_told(load):
+    text = LEAST + '[server_optimizer]\nname = "adam"\n'
+    assert load(text).make_server_optimizer().learning_rate == 0.01
+    assert load(text + "learning_rate = 0.5\n").make_server_optimizer().learning_rate == 0.5
+    assert load(LEAST).make_server_optimizer().learning_rate == 1
 
 
 def test_propfair_is_taken_with_its_ceiling(load):
@@ -253,7 +273,6 @@ def test_propfair_is_taken_with_its_ceiling(load):
         ("weights = 'term'\nt = nan", r"\[fairness\] t: .*finite"),
         ("loss = 'propfair'", "propfair needs propfair_ceiling .*about 1.5 times the highest loss"),
         ("loss = 'propfair'\npropfair_ceiling = 0.1", "needs propfair_ceiling above propfair_mar"),
-        ("propfair_ceiling = 6", 'propfair_ceiling needs loss = "propfair"'),
         ("loss = 'fair'", r"\[fairness\] loss: .*'plain' or 'propfair'"),
     ],
 )

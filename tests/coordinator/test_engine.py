@@ -194,6 +194,18 @@ async def test_a_restart_before_the_round_is_stored_plans_it_again(
         assert fleet.coordinator.digests() == undisturbed
 
 
+async def test_a_restart_clears_what_was_half_written(harness, tmp_path, impatient):
+    async with harness.fleet(tmp_path) as fleet:
+        await fleet.round()
+        drafts = fleet.coordinator.blobs.root / "drafts"
+        await fleet.coordinator.kill()
+        (drafts / "half").write_bytes(b"a model that was being merged")
+        await fleet.coordinator.start()
+        assert not (drafts / "half").exists()
+        await fleet.finish()
+        assert not list(drafts.iterdir()), "merges and slices were to leave none"
+
+
 async def test_an_outage_does_not_count_against_a_round(harness, tmp_path, impatient):
     clock = harness.Clock()
     async with harness.fleet(tmp_path, clock=clock) as fleet:

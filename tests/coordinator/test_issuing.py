@@ -399,24 +399,23 @@ def test_a_round_that_merged_nothing_leaves_the_version_that_the_next_starts_fro
     assert first.module(name).adapter.up.tobytes() != on.state(name).adapter.up.tobytes()
 
 
-def test_what_newer_rounds_still_name_is_kept_when_old_ones_are_forgotten(desk):
-    on = desk("ffa-lora")
-    given = {}
+@pytest.mark.parametrize("changes", [True, False], ids=["a new model", "the same model"])
+@pytest.mark.parametrize("name", ["fedit", "ffa-lora"])
+def test_what_newer_rounds_still_name_is_kept_when_old_ones_are_forgotten(desk, name, changes):
+    """A whole float32 slice is the model's own file, and a factor that rests is named again."""
+    on, given = desk(name), {}
     for round_ in (1, 2):
         given[round_] = on.issue(round_=round_)
         on.records.open_round("run", round_, False, 0.0, 1.0,
                               [(a, {}) for a in given[round_].values()])  # fmt: skip
         update = on.blobs.put(b"update of round %d" % round_, Payload(RANK, "int8"))
         on.records.put_update(f"run.{round_}.a", update.digest, update.size_bytes, 1.0)
-        files = on.written(round_ + 1, 0)
+        files = on.written(round_ + 1, 0) if changes else {}
         on.records.publish_round("run", round_, files, [], {}, 1.0)
-    frozen = {a.slice[0].digest for a in given[1].values()}
+    old, new = ({b.digest for a in given[r].values() for b in a.blobs} for r in (1, 2))
+    models = on.records.model_digests("run")
+    assert bool(old & new) == (not changes) and bool(old & models) == (name == "fedit")
     on.issuer.forget(2)
-    old = {b.digest for a in given[1].values() for b in a.blobs}
-    new = {b.digest for a in given[2].values() for b in a.blobs}
-    kept = {d for d in old | new if on.blobs.holds(d)}
-    assert kept == new | (old & on.records.model_digests("run"))
-    assert frozen <= old
-    assert all(on.blobs.holds(d) for d in on.records.model_digests("run"))
+    assert {d for d in old | new | models if on.blobs.holds(d)} == new | models
     one, two = (on.records.assignment(f"run.{r}.a").update_digest for r in (1, 2))
     assert not on.blobs.holds(one) and on.blobs.holds(two)

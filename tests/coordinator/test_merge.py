@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from coordinator import merge as merge_module
 from coordinator.lowrank import Bundle
 from coordinator.merge import Merger, StoredUpdate
 from coordinator.methods import METHODS, MethodOptions, ModuleState, WeightError, make
@@ -323,6 +324,26 @@ def test_fslora_over_whole_adapters_is_fedit_bit_for_bit(tmp_path, bench, model)
     assert bytes_of(sketched) == bytes_of(whole)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_modules_merged_side_by_side_have_the_bits_of_one_after_another(
+    tmp_path, bench, model, monkeypatch, name
+):
+    spec = make_spec(tuple(ModuleShape(f"m{i}", 40 + i, 90 - i) for i in range(9)))
+    method = method_of(name)
+    current = model(spec, parts=method.parts(0))
+    fleet = [
+        store(tmp_path, spec, make_assignment(d, parts=method.sent(0), rows=method.rows), seed=i)
+        for i, d in enumerate("abc")
+    ]
+    found = []
+    for cores in (1, 64):
+        monkeypatch.setattr(merge_module.os, "cpu_count", lambda cores=cores: cores)
+        found.append(bench(spec, name).merge(current, fleet, ROUND, 1))
+    assert bytes_of(found[0]) == bytes_of(found[1])
+    for what in ("norms", "share", "errors", "error"):
+        assert getattr(found[0], what) == getattr(found[1], what)
+
+
 # --- slices and their rows ----------------------------------------------------------------------
 
 
@@ -585,10 +606,13 @@ def test_the_sound_ones_count_even_if_all_weight_was_with_the_others(tmp_path, b
 
 
 @pytest.mark.parametrize("name", ["fslora", "flexlora", "fedex-lora"])
-def test_memory_is_that_of_one_module_however_many_there_are(tmp_path, name):
-    def peak(count):
+def test_memory_is_that_of_the_modules_at_hand_however_many_there_are(tmp_path, monkeypatch, name):
+    """One module on one core, a few side by side on more."""
+
+    def peak(count, cores):
+        monkeypatch.setattr(merge_module.os, "cpu_count", lambda: cores)
         spec = make_spec(tuple(ModuleShape(f"m{i}", 256, 192) for i in range(count)))
-        folder = tmp_path / str(count)
+        folder = tmp_path / f"{count}-{cores}"
         folder.mkdir()
         fleet = [store(folder, spec, make_assignment(f"d{i}", rows="prefix"), seed=i)
                  for i in range(6)]  # fmt: skip
@@ -602,10 +626,11 @@ def test_memory_is_that_of_one_module_however_many_there_are(tmp_path, name):
         finally:
             tracemalloc.stop()
 
-    small, large = peak(6), peak(24)
+    small, large = peak(6, 1), peak(24, 1)
     assert large < 1.3 * small
     one_module = 4 * RANK * (256 + 192)
     assert large < 100 * one_module, f"{large / one_module:.0f} times a module"
+    assert peak(24, 64) < (1 + merge_module.MOST_ABREAST) * small
 
 
 def test_discounts_reach_the_mean(tmp_path, bench, model):

@@ -550,6 +550,22 @@ def test_the_server_leaves_alone_what_it_was_not_sent(case, version):
 
 
 @every_method
+@pytest.mark.parametrize("version", [1, 2])
+def test_rows_go_on_meaning_the_same_where_the_method_says_so(case, version):
+    """A small change of any model is a small step of its rows; else what a device kept is wrong."""
+    method, spec = build(case), make_spec(20, 31)
+    rng = np.random.default_rng(5)
+    up, down, core = (rng.normal(size=(RANK, width)).astype(np.float32) for width in (20, 31, RANK))
+    has_core = "core" in method.parts(version)
+    state = ModuleState(Bundle(up, down, spec.scale(RANK)), core=core if has_core else None)
+    fleet = [make_update(method, spec, state, version, f"d{i}", size=1e-4) for i in range(3)]
+    merged = method.merge_module(state, fleet, version)
+    moved = max(np.abs(merged.values(p) - state.values(p)).max() for p in state.parts)
+    if not method.fresh:  # whose adapter is not used twice
+        assert moved < 1e-2 if method.keeps_basis else moved > 0.1
+
+
+@every_method
 @versions
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_a_device_is_handed_is_what_the_scaling_says(case, version, rslora):

@@ -292,3 +292,18 @@ def test_dittos_adapter_goes_on_from_home_unless_its_rows_changed(
     device.round(spec, task, one, personal_weight=0.1)
     device.round(spec, replace(task, keeps_basis=False), two, personal_weight=0.1)
     assert_same(load_home(device.home, spec).personal, two, atol=1e-5)
+
+
+def test_dittos_adapter_takes_what_is_not_trained_from_the_fleet(
+    device: Device, spec: AdapterSpec
+) -> None:
+    """Fed-SB's bases after a round of ordinary factors: its own core belongs between those."""
+    task = make_assignment(optimizer="sgd", learning_rate=1e-9)  # stays where it starts
+    ordinary = make_adapter(spec, K, seed=1)
+    device.round(spec, task, ordinary, personal_weight=0.1)
+    bases = make_adapter(spec, K, seed=2)
+    for name, parts in bases.items():
+        bases[name] = {**parts, "core": np.full((K, K), 0.01, np.float32)}
+    later = replace(task, trained=("core",), update=Payload(K, "float32", ("core",)))
+    device.round(spec, later, bases, personal_weight=0.1)
+    assert_same(load_home(device.home, spec).personal, bases, atol=1e-5)
