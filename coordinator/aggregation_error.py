@@ -91,26 +91,36 @@ def _image_of_ideal(
         and not method.fresh
         and before.core is None
     )
-    # B_i A_i x = (B + dB)(A x + dA x) with B, A the rows everybody started from.
-    columns = np.ascontiguousarray(probes.T)
-    started = probes @ start.down.T  # (q, r)
-    gathered = np.zeros_like(started)  # what the rows of B at the start are to be combined with
     image = np.zeros((len(probes), start.up.shape[1]), np.float32)
+    near: list[tuple[ModuleUpdate, float]] = []  # those whose rows were cut from `before`
     for update, share in zip(updates, shares, strict=True):
-        if not (plain and update.on_time):
+        if plain and update.on_time:
+            near.append((update, float(share)))
+        else:
             image += np.float32(share) * method.contribution(before, update).apply(probes)
-            continue
-        inside = started[:, update.rows]
+    if not near:
+        return image
+    # B_i A_i x = (B + dB)(A x + dA x) with B, A the rows everybody started from.
+    rows = np.concatenate([update.rows for update, _ in near])
+    ends = np.cumsum([update.k for update, _ in near])
+    columns = np.ascontiguousarray(probes.T)
+    started = start.down @ columns  # (r, q)
+    inside = started[rows]
+    factor, lift = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32)
+    for (update, share), end in zip(near, ends, strict=True):
+        own = slice(end - update.k, end)
         if (down := update.delta.get("down")) is not None:
-            inside = inside + (down @ columns).T  # this way round it is twice as fast
+            inside[own] += down @ columns
         scale = start.scale * update.lift  # s_i
-        if method.scaling == "sketch":
-            scale *= start.rank / update.k
-        inside = inside * np.float32(share * scale)
+        factor[own] = share * scale * (start.rank / update.k if method.scaling == "sketch" else 1)
+        lift[own] = update.lift
+    inside *= factor[:, None]
+    for (update, _), end in zip(near, ends, strict=True):
         if (up := update.delta.get("up")) is not None:
-            image += inside @ up
-        gathered[:, update.rows] += inside / np.float32(update.lift)
-    image += gathered @ start.up
+            image += inside[end - update.k : end].T @ up
+    gathered = np.zeros_like(started)  # what the rows of B at the start are to be combined with
+    np.add.at(gathered, rows, inside / lift[:, None])
+    image += gathered.T @ start.up
     return image
 
 

@@ -9,6 +9,7 @@ the best approximation of lower rank is in `truncation`.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices
 COLUMN_BLOCK = 256  # columns of the product held at once where Gram matrices would be larger
 EXACT_FLOPS = 4e9  # beyond this an error is estimated; about 60 ms on two cores
 PROBES = 32  # random vectors of an estimate; its relative deviation is below sqrt(2 / PROBES)
+
+
+_own = threading.local()
 
 
 class LowRankError(SketchfleetError):
@@ -260,11 +264,19 @@ def _scaled_single(values: Matrix32, factor: float) -> Iterator[tuple[slice, Mat
     """The product factor * values in float32, some rows at a time, in one buffer."""
     width = values.shape[1]
     step = max(1, SCRATCH_SINGLE // max(1, width))
-    scratch = np.empty((min(step, len(values)), width), np.float32)
+    scratch = _scratch(min(step, len(values)) * width)
     for start in range(0, len(values), step):
         part = values[start : start + step]
-        block = np.multiply(part, np.float32(factor), out=scratch[: len(part)])
-        yield slice(start, start + len(part)), block
+        into = scratch[: part.size].reshape(part.shape)
+        yield slice(start, start + len(part)), np.multiply(part, np.float32(factor), out=into)
+
+
+def _scratch(size: int) -> Matrix32:
+    """At least this many float32 values, the same for a thread: fresh memory would be paged in."""
+    found: Matrix32 | None = getattr(_own, "scratch", None)
+    if found is None or len(found) < size:
+        found = _own.scratch = np.empty(max(size, SCRATCH_SINGLE), np.float32)
+    return found
 
 
 def _self_gram(parts: Sequence[Matrix32]) -> Matrix64:

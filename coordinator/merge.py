@@ -8,17 +8,13 @@ know who may take part (screening), what weights mean (`weights`), or where resu
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation_error import ErrorMeter, measure
 from coordinator.lowrank import Bundle, ErrorEnergy, Rows
@@ -31,8 +27,7 @@ from protos.contract import AdapterSpec, Assignment
 from protos.packing import PackedReader, PackingError, Parts, open_packed
 from protos.sketch import initial_down, slice_rows
 
-MOST_ABREAST = 4
-ABREAST_BYTES = 128 * 2**20  # of updates in memory for modules merged at the same time
+RELEASE_BYTES = 64 * 2**20  # of mapped updates; each call into the kernel costs microseconds
 MOST_OPEN = 256  # updates held open at once; a process may have a thousand files
 
 
@@ -149,8 +144,8 @@ class Merger:
         energies = np.zeros(len(ordered))
         coverage = np.zeros(spec.rank)
         meter = ErrorMeter()
-        merged = partial(self._module, round_, current, ordered, shares, readers)
-        for module, found in _in_order(merged, spec.modules, self._abreast(ordered)):
+        for module in spec.modules:
+            found = self._module(round_, current, ordered, shares, readers, module)
             writer.write(module.name, found.state)
             energies += np.square(shares) * found.energies
             coverage += found.coverage / len(spec.modules)
@@ -200,12 +195,6 @@ class Merger:
         del parts
         readers.release(module.name)
         return _Merged(after, energies, coverage, error)
-
-    def _abreast(self, updates: Sequence[StoredUpdate]) -> int:
-        """Modules merged at the same time: a few while their updates are small, else one."""
-        widest = max(m.out_features + m.in_features for m in self.spec.modules)
-        held = 4 * widest * sum(u.assignment.update.rank for u in updates)
-        return max(1, min(os.cpu_count() or 1, MOST_ABREAST, ABREAST_BYTES // held))
 
     def _read(
         self, module: str, update: StoredUpdate, delta: Parts, round_: int, before: ModuleState
@@ -260,32 +249,14 @@ class _Merged:
     error: ErrorEnergy | None
 
 
-def _in_order(
-    work: Callable[[ModuleShape], _Merged], modules: Sequence[ModuleShape], abreast: int
-) -> Iterator[tuple[ModuleShape, _Merged]]:
-    """Results in the order of `modules`, at most `abreast` of them in the making or waiting."""
-    if abreast == 1:
-        for module in modules:
-            yield module, work(module)
-        return
-    # One thread of BLAS each: with more, idle ones spin on the cores that the others need.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(abreast) as pool:
-        waiting: deque[tuple[ModuleShape, Future[_Merged]]] = deque()
-        for module in modules:
-            if len(waiting) == abreast:
-                done, future = waiting.popleft()
-                yield done, future.result()
-            waiting.append((module, pool.submit(work, module)))
-        for done, future in waiting:
-            yield done, future.result()
-
-
 class _Readers:
     """Updates as open files, so that each header is read once; beyond a limit, one at a time."""
 
     def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate]) -> None:
         self._spec, self._updates = spec, updates
         self._digests = [update.assignment.digest for update in updates]
+        self._done: list[str] = []
+        self._done_bytes = 0
         self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
 
     def read(self, i: int, name: str) -> tuple[Parts, float]:
@@ -293,9 +264,14 @@ class _Readers:
         return self._at(i).measured(name)
 
     def release(self, name: str) -> None:
-        """A module has been merged: memory behind it may go."""
-        for reader in self._open:
-            reader.release(name)
+        """A module has been merged: memory behind it may go, once there is much of it."""
+        self._done.append(name)
+        self._done_bytes += sum(reader.mapped_bytes(name) for reader in self._open)
+        if self._done_bytes >= RELEASE_BYTES:
+            for reader in self._open:
+                for done in self._done:
+                    reader.release(done)
+            self._done, self._done_bytes = [], 0
 
     def _at(self, i: int) -> PackedReader:
         return self._open[i] if i < len(self._open) else self._reader(i)

@@ -46,7 +46,7 @@ class Codec(Protocol):
     value_bytes: int
     scale_bytes: int  # per row, ahead of the values
 
-    def encode(self, values: Values, noise: np.random.Philox) -> bytes:
+    def encode(self, values: Values, noise: np.random.Philox) -> bytes | memoryview:
         """Exactly rows * (scale_bytes + columns * value_bytes) bytes; zero becomes zero bytes.
 
         Raises `NonFiniteError` on overflow.
@@ -67,9 +67,9 @@ class Float32:
     value_bytes = 4
     scale_bytes = 0
 
-    def encode(self, values: Values, noise: np.random.Philox) -> bytes:
-        """Little-endian floats."""
-        return values.astype("<f4").tobytes()
+    def encode(self, values: Values, noise: np.random.Philox) -> memoryview:
+        """Little-endian floats: where that is this machine's form, the values themselves."""
+        return np.ascontiguousarray(values, dtype="<f4").data.cast("B")
 
     def decode(self, data: memoryview, rows: int, columns: int) -> Values:
         """The same values, bit for bit: on little-endian machines a view of `data`."""

@@ -271,7 +271,7 @@ def _pack_sparse(
         coded = codec.encode(thinned, _noise(seed, name, part))
         split = len(block) * codec.scale_bytes
         whole = np.frombuffer(coded, dtype=f"V{codec.value_bytes}", offset=split)
-        out += [np.packbits(mask).tobytes(), coded[:split], whole[mask.ravel()].tobytes()]
+        out += [np.packbits(mask).tobytes(), bytes(coded[:split]), whole[mask.ravel()].tobytes()]
     return b"".join(out)
 
 
@@ -339,20 +339,24 @@ class PackedReader:
                     )
         return parts, energy
 
+    def mapped_bytes(self, name: str) -> int:
+        """Bytes of the file that this module takes, if the file is mapped; sparse ones are not."""
+        start, stop = self._span(name)
+        return stop - start
+
     def release(self, name: str) -> None:
         """Lets go of the memory behind a mapped module; it is read again when asked for again."""
-        blocks = self._layout.blocks.get(name)
+        start, stop = self._span(name)
+        if isinstance(self._mapped, mmap.mmap) and stop > start:
+            start -= start % mmap.PAGESIZE
+            self._mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _span(self, name: str) -> tuple[int, int]:
+        blocks = list(self._layout.blocks.get(name, {}).values())
         if not isinstance(self._mapped, mmap.mmap) or not blocks or self._layout.kept:
-            return
-        first, last = (
-            min(b.offset for b in blocks.values()),
-            max(
-                b.offset + b.rows * (self._codec.scale_bytes + b.columns * self._codec.value_bytes)
-                for b in blocks.values()
-            ),
-        )
-        start = first - first % mmap.PAGESIZE
-        self._mapped.madvise(mmap.MADV_DONTNEED, start, last - start)
+            return 0, 0
+        row = self._codec.scale_bytes + blocks[-1].columns * self._codec.value_bytes
+        return blocks[0].offset, blocks[-1].offset + blocks[-1].rows * row
 
     def _sparse_starts(self) -> list[int]:
         """Where each block begins, from the counts. Raises `WrongSizeError`."""

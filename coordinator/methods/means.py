@@ -58,9 +58,10 @@ def mean_over_owners(
     """The mean change of each row over the devices that hold it; zero if none does."""
     steps = sum_of_changes(current, updates, shares)
     cover = covered(current.adapter.rank, updates, shares)
-    owned = np.where(cover > 0, cover, 1.0)[:, None]
-    for part in steps:
-        steps[part] /= owned
+    partly = np.flatnonzero((cover > 0) & (cover != 1))
+    for step in steps.values():
+        for row in partly:
+            step[row] /= np.float32(cover[row])
     return steps
 
 

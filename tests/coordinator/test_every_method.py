@@ -18,6 +18,7 @@ from coordinator.merge import Merger, StoredUpdate
 from coordinator.methods import METHODS, MethodOptions, RowMethod, make
 from coordinator.report import build_report, error_table
 from coordinator.serve import load_recorded
+from coordinator.state import StateFile
 from coordinator.weights import AFL, Voice, WeightOptions
 from profiles.model import base_tensor
 from protos.contract import Payload
@@ -424,9 +425,12 @@ async def test_a_late_update_counts_as_its_method_can_count_it(harness, tmp_path
 
         def stored(device, round_, discount):
             found = run.assignment(round_, device)
-            return StoredUpdate(device, found.assignment, run.blobs.path(found.update_digest),
-                                found.report.train_examples * discount,
-                                found.report.kept_rank)  # fmt: skip
+            a, report = found.assignment, found.report
+            thinned = tuple(StateFile(run.blobs.path(b.digest), b.payload) for b in a.slice
+                            if b.payload.density < 1)  # fmt: skip
+            return StoredUpdate(device, a, run.blobs.path(found.update_digest),
+                                report.train_examples * discount, report.kept_rank,
+                                thinned)  # fmt: skip
 
         merger = Merger(run.engine.spec, method_of(name), run.config.make_server_optimizer(),
                         run.reader, lambda role: tmp_path / role)  # fmt: skip
@@ -435,6 +439,8 @@ async def test_a_late_update_counts_as_its_method_can_count_it(harness, tmp_path
             held = run.blobs.path(run.model(2)[role].digest).read_bytes()
             assert held == file.path.read_bytes(), role
         assert set(merged.files) == set(run.model(2))
+        assert record.detail["aggregation_error"] == merged.error
+        assert record.detail["aggregation_errors"] == merged.errors
 
 
 async def test_what_could_not_be_merged_is_not_tried_again_after_a_restart(
