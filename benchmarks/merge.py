@@ -4,7 +4,9 @@ Shapes of Qwen2.5-Coder-1.5B (28 layers, all seven projections), global rank 64,
 for unequal devices get ranks from 4 to 64, the others 64 everywhere. The floor is a memory copy of
 all update bytes at the speed measured in the same run. The dense merge forms every device's product
 (m x n), sums, and for methods that truncate takes a full SVD; it is timed on one layer's distinct
-shapes and extrapolated. Each merge runs in a process of its own, so its peak memory is its own.
+shapes and extrapolated. Each merge runs in a process of its own, so its peak memory is its own; the
+time is the better of two runs, less what measuring the aggregation error took, which has its own
+column. Updates lie in the temporary folder: a memory file system there keeps the disk out of it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+import coordinator.merge
+from coordinator.aggregation_error import measure
 from coordinator.lowrank import Bundle, stack
 from coordinator.merge import Merger, StoredUpdate
 from coordinator.methods import METHODS, Method, MethodOptions, make
@@ -110,15 +114,29 @@ def run_merge(folder: str, name: str, layers: int, encoding: Encoding, out: Any)
     merger = Merger(spec, method, Plain(), lambda round_: reader, new_file)
     floor = sum(u.path.stat().st_size for u in updates)
     os.sync()  # or the merge would wait for the disk to take the updates
+    error_s = 0.0
+
+    def timed(*facts: Any) -> Any:
+        nonlocal error_s
+        began = time.perf_counter()
+        found = measure(*facts)
+        error_s += time.perf_counter() - began
+        return found
+
+    vars(coordinator.merge)["measure"] = timed
     reset_peak()
     began_bytes = resident_bytes("VmRSS")
-    began = time.perf_counter()
-    result = merger.merge(0, 1, reader, updates)
-    seconds = time.perf_counter() - began
+    best = (np.inf, 0.0)
+    for _ in range(2):
+        began, error_s = time.perf_counter(), 0.0
+        result = merger.merge(0, 1, reader, updates)
+        best = min(best, (time.perf_counter() - began - error_s, error_s))
+        for file in result.files.values():
+            file.path.unlink()
     peak = resident_bytes("VmHWM") - began_bytes
     out.send({
-        "seconds": seconds, "bytes": floor, "peak_bytes": peak, "error": result.error,
-        "exact": result.exact,
+        "seconds": best[0], "error_s": best[1], "bytes": floor, "peak_bytes": peak,
+        "error": result.error, "exact": result.exact,
     })  # fmt: skip
 
 
@@ -213,8 +231,8 @@ def main() -> None:
     print(f"1536 x 8960, stacked rank {sum(RANKS)} -> {RANK}: {layer['ours_s']:.3f} s, dense SVD "
           f"{layer['dense_s']:.1f} s ({layer['ratio']:.0f}x), relative error "
           f"{layer['error']:.1e}")  # fmt: skip
-    print(f"{'method':13} {'seconds':>8} {'x floor':>8} {'dense/ours':>10} {'peak MB':>8} "
-          f"{'allowed':>8}  aggregation error")  # fmt: skip
+    print(f"{'method':13} {'seconds':>8} {'x floor':>8} {'error s':>8} {'dense/ours':>10} "
+          f"{'peak MB':>8} {'allowed':>8}  aggregation error")  # fmt: skip
     results: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     for name in names:
@@ -240,6 +258,7 @@ def main() -> None:
         error = "-" if found["error"] is None else f"{found['error']:.2e}"
         how = "" if found["exact"] else " (estimated)"
         print(f"{name:13} {found['seconds']:8.2f} {found['over_floor']:8.1f} "
+              f"{found['error_s']:8.2f} "
               f"{found['dense_over_ours']:10.0f} {found['peak_bytes'] / 1e6:8.0f} "
               f"{found['allowed_bytes'] / 1e6:8.0f}  {error}{how}", flush=True)  # fmt: skip
     print(json.dumps({

@@ -27,7 +27,7 @@ from protos.contract import AdapterSpec, Assignment
 from protos.packing import PackedReader, PackingError, Parts, open_packed
 from protos.sketch import initial_down, slice_rows
 
-RELEASE_BYTES = 64 * 2**20  # of mapped updates; each call into the kernel costs microseconds
+RELEASE_BYTES = 16 * 2**20  # of mapped updates; each call into the kernel costs microseconds
 MOST_OPEN = 256  # updates held open at once; a process may have a thousand files
 
 

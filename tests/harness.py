@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -134,6 +135,8 @@ class Coordinator:
 
     async def start(self):
         """New objects over whatever the state folder holds."""
+        self.threads = ThreadPoolExecutor()
+        asyncio.get_running_loop().set_default_executor(self.threads)
         state = self.config.server.state
         spec, shape = build_spec(self.config, Path(self.config.model.base))
         self.records, self.blobs = open_state(state)
@@ -161,6 +164,9 @@ class Coordinator:
         await self.server.stop(0)
         self.server = None  # its finaliser wants the loop, so it must run before the loop ends
         await asyncio.sleep(0)
+        # A process takes its threads along; here a merge in one of them would go on writing.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+        await asyncio.to_thread(self.threads.shutdown)
         self.records.close()
 
     def cut_power(self, method, *, before):
