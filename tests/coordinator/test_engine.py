@@ -348,9 +348,10 @@ async def test_what_was_refused_as_too_late_stays_out_after_a_restart(harness, t
 # --- weights ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "power"), [("samples", 0), ("q-ffl", 2)])
-async def test_updates_weigh_what_their_reports_say(harness, tmp_path, rule, power):
-    fairness = {"weights": rule, "q": 2.0}
+@pytest.mark.parametrize(
+    ("fairness", "power"), [({"weights": "samples"}, 0), ({"weights": "q-ffl", "q": 2.0}, 2)]
+)
+async def test_updates_weigh_what_their_reports_say(harness, tmp_path, fairness, power):
     async with harness.fleet(tmp_path, fairness=fairness, run={"rounds": 1}) as fleet:
         await fleet.finish()
         run = fleet.coordinator
