@@ -136,7 +136,7 @@ def logits_by_hand(trial: Trial) -> Any:
         weight.data += torch.from_numpy(added.astype(np.float32))
     for tensor in run.spec.dense:
         weight = model.get_parameter(tensor.name)
-        weight.data += torch.from_numpy(reader.dense(tensor.name)[0]).reshape(weight.shape)
+        weight.data += torch.tensor(reader.dense(tensor.name)[0]).reshape(weight.shape)
     return logits(model)
 
 
