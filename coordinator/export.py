@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from coordinator.store.records import RunRecord
 from profiles.errors import MissingExtraError, SketchfleetError
 from profiles.model import base_tensor, resolve_base
 from protos.contract import AdapterSpec, BlobRef
+from protos.peft_config import adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -108,7 +108,7 @@ def export_peft(
             base = base_tensor(base_folder, name)
             tensors[f"base_model.model.{name}"] = base + delta.reshape(base.shape)
         save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = json.dumps(_config(spec, rank, base_name), indent=2, sort_keys=True)
+        config = json.dumps(adapter_config(spec, rank, base_name), indent=2, sort_keys=True)
         (part / CONFIG_FILE).write_text(config + "\n")
         (part / CARD_FILE).write_text(_card(spec, rank, base_name))
         part.chmod(0o755)  # temporary folders are for their owner only
@@ -151,26 +151,6 @@ def _tensors(
         tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(bundle.down, dtype=np.float32)
         tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(up.T, dtype=np.float32)
     return tensors
-
-
-def _config(spec: AdapterSpec, rank: int, base_name: str) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "modules_to_save": sorted({t.name.rpartition(".")[0] for t in spec.dense}) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": spec.base_revision or None,
-        "target_modules": [m.name for m in spec.modules],
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": spec.use_rslora,
-    }
 
 
 def _card(spec: AdapterSpec, rank: int, base_name: str) -> str:

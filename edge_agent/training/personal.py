@@ -20,6 +20,7 @@ from profiles.errors import MissingExtraError
 from profiles.model import base_tensor, resolve_base
 from protos.contract import AdapterSpec
 from protos.packing import Parts, Values
+from protos.peft_config import adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -58,7 +59,7 @@ def export_personal(home_path: Path, spec: AdapterSpec, base_name: str, folder: 
         raise HomeError(f"{folder} cannot be made ({error.strerror}); choose another") from error
     try:
         save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = json.dumps(_config(spec, rank, base_name), indent=2, sort_keys=True)
+        config = json.dumps(adapter_config(spec, rank, base_name), indent=2, sort_keys=True)
         (part / CONFIG_FILE).write_text(config + "\n")
         part.chmod(0o755)  # temporary folders are for their owner only
         part.rename(folder)
@@ -103,23 +104,3 @@ def _whole_tensors(
 
 def _float32(values: NDArray[Any]) -> Values:
     return np.ascontiguousarray(values, dtype=np.float32)
-
-
-def _config(spec: AdapterSpec, rank: int, base_name: str) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "modules_to_save": sorted({t.name.rpartition(".")[0] for t in spec.dense}) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": spec.base_revision or None,
-        "target_modules": [m.name for m in spec.modules],
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": spec.use_rslora,
-    }
