@@ -29,8 +29,6 @@ SCRATCH_SINGLE = 1 << 17  # float32 values scaled at once: 512 KiB
 NARROW = 1024  # columns below which one indexed addition beats a loop over its rows
 GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices
 COLUMN_BLOCK = 256  # columns of the product held at once where Gram matrices would be larger
-EXACT_FLOPS = 4e9  # beyond this an error is estimated; about 60 ms on two cores
-PROBES = 32  # random vectors of an estimate; its relative deviation is below sqrt(2 / PROBES)
 
 
 _own = threading.local()
@@ -200,21 +198,15 @@ def norm(bundle: Bundle) -> float:
     return math.sqrt(energy)
 
 
-def error_energy(ideal: Bundle, result: Bundle, *, exact: bool | None = None) -> ErrorEnergy:
+def error_energy(ideal: Bundle, result: Bundle) -> ErrorEnergy:
     """How far `result` is from `ideal`, as energies; the relative error is sqrt(off / target).
 
-    Exact through Gram matrices or blocks of columns, whichever is cheaper, up to `EXACT_FLOPS`;
-    beyond, or with exact=False, by random probes at about the cost of reading both bundles
-    (Hutchinson's estimator, arXiv 2010.09649). The Gram matrices of R components leave rounding
-    of about 1e-16 R ||up||^2 ||down||^2 in `off`.
+    Exact through Gram matrices or blocks of columns, whichever is cheaper. The Gram matrices of R
+    components leave rounding of about 1e-16 R ||up||^2 ||down||^2 in `off`.
     """
     (_, m), (_, n) = ideal.up.shape, ideal.down.shape
     rank = ideal.rank + result.rank
     by_gram, by_columns = rank**2 * (m + n), 2 * rank * m * n
-    if exact is None:
-        exact = min(by_gram, by_columns) <= EXACT_FLOPS
-    if not exact:
-        return _probe(ideal, result, 0)
     if by_gram <= by_columns:
         up, down = gram_blocks(ideal, result)
         products = up * down
@@ -236,15 +228,6 @@ def random_signs(shape: tuple[int, int], purpose: str, *key: int | str) -> Matri
     raw = keyed_stream(purpose, *key).random_raw(-(-count // 64)).astype("<u8")
     bits = np.unpackbits(raw.view(np.uint8), count=count).reshape(shape)
     return 2 * bits.astype(np.float32) - 1
-
-
-def _probe(ideal: Bundle, result: Bundle, seed: int) -> ErrorEnergy:
-    """E ||dW x||^2 = ||dW||^2 for random signs x; both energies see the same x."""
-    probes = random_signs((PROBES, ideal.down.shape[1]), "error probes", seed)
-    want, got = ideal.apply(probes).astype(np.float64), result.apply(probes)
-    target = float(np.vdot(want, want)) / PROBES
-    want -= got
-    return ErrorEnergy(float(np.vdot(want, want)) / PROBES, target, False)
 
 
 def _scaled(values: Matrix32, factor: float) -> Iterator[tuple[slice, Matrix64]]:

@@ -204,32 +204,6 @@ def test_error_energy_of_a_zero_ideal_is_the_result():
     np.testing.assert_allclose(found.off, norm(result) ** 2)
 
 
-def test_error_energy_by_probes_is_near_the_dense_one():
-    ideal, result = make_bundle(40, 200, 300, seed=1), make_bundle(8, 200, 300, seed=2)
-    true, found = error_energy(ideal, result, exact=True), error_energy(ideal, result, exact=False)
-    assert true.exact
-    assert not found.exact
-    assert found.off == pytest.approx(true.off, rel=0.15)
-    assert found.target == pytest.approx(true.target, rel=0.15)
-    assert found == error_energy(ideal, result, exact=False), "probes are the same each time"
-
-
-def test_error_energy_by_probes_is_unbiased():
-    ideal, result = make_bundle(3, 20, 30, seed=1), make_bundle(2, 20, 30, seed=2)
-    true = error_energy(ideal, result)
-    drawn = [lowrank._probe(ideal, result, seed) for seed in range(400)]
-    for name in ("off", "target"):
-        values = np.array([getattr(one, name) for one in drawn])
-        deviation = values.std() / np.sqrt(len(values))
-        assert abs(values.mean() - getattr(true, name)) < 4 * deviation
-        assert values.std() < (2 / lowrank.PROBES) ** 0.5 * getattr(true, name)
-
-
-def test_error_energy_estimates_what_would_take_too_long(monkeypatch):
-    monkeypatch.setattr(lowrank, "EXACT_FLOPS", 100.0)
-    assert not error_energy(make_bundle(3, 4, 5), make_bundle(2, 4, 5)).exact
-
-
 def test_random_signs_depend_on_shape_and_key_alone():
     signs = random_signs((40, 333), "a test", 1)
     assert signs.shape == (40, 333)
