@@ -27,7 +27,8 @@ Matrix64 = NDArray[np.float64]
 SCRATCH = 1 << 15  # float64 values scaled at once: 256 KiB, so the passes over them meet in cache
 SCRATCH_SINGLE = 1 << 17  # float32 values scaled at once: 512 KiB
 NARROW = 1024  # columns below which one indexed addition beats a loop over its rows
-GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices
+GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices, at most
+GRAM_SCRATCH = 1 << 20  # values turned to float64 at once: 8 MiB
 COLUMN_BLOCK = 256  # columns of the product held at once where Gram matrices would be larger
 
 
@@ -266,10 +267,11 @@ def _self_gram(parts: Sequence[Matrix32]) -> Matrix64:
     """Inner products (R, R) of the rows of all parts, without putting them into one array."""
     rank, width = sum(map(len, parts)), parts[0].shape[1]
     total, share = np.zeros((rank, rank)), np.empty((rank, rank))
-    scratch = np.empty((rank, min(width, GRAM_COLUMNS)))
-    for start in range(0, width, GRAM_COLUMNS):
-        block = scratch[:, : min(GRAM_COLUMNS, width - start)]
-        blocks = [part[:, start : start + GRAM_COLUMNS] for part in parts]
+    step = min(width, GRAM_COLUMNS, max(256, GRAM_SCRATCH // max(1, rank)))
+    scratch = np.empty((rank, step))
+    for start in range(0, width, step):
+        block = scratch[:, : min(step, width - start)]
+        blocks = [part[:, start : start + step] for part in parts]
         np.concatenate(blocks, out=block)
         total += np.matmul(block, block.T, out=share)  # BLAS computes one triangle of x x' only
     return total

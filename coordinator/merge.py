@@ -27,7 +27,6 @@ from protos.contract import AdapterSpec, Assignment
 from protos.packing import PackedReader, PackingError, Parts, open_packed
 from protos.sketch import initial_down, slice_rows
 
-RELEASE_BYTES = 16 * 2**20  # of mapped updates; each call into the kernel costs microseconds
 MOST_OPEN = 256  # updates held open at once; a process may have a thousand files
 
 
@@ -135,17 +134,17 @@ class Merger:
         updates: Sequence[StoredUpdate],
         writer: StateWriter,
     ) -> MergeResult:
-        spec = self.spec
         ordered = sorted(
             updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
         )
-        readers = _Readers(spec, ordered)
+        spec, readers = self.spec, _Readers(self.spec, ordered)
         shares = normalised([update.weight for update in ordered])
         energies = np.zeros(len(ordered))
         coverage = np.zeros(spec.rank)
         meter = ErrorMeter()
         for module in spec.modules:
-            found = self._module(round_, current, ordered, shares, readers, module)
+            sent = readers.module(module.name)
+            found = self._module(round_, current, ordered, shares, sent, module)
             writer.write(module.name, found.state)
             energies += np.square(shares) * found.energies
             coverage += found.coverage / len(spec.modules)
@@ -154,7 +153,7 @@ class Merger:
         for tensor in spec.dense:
             delta = np.zeros((tensor.out_features, tensor.in_features))
             for i in range(len(ordered)):
-                parts, energy = readers.read(i, tensor.name)
+                parts, energy = readers.dense(i, tensor.name)
                 energies[i] += shares[i] ** 2 * energy
                 delta += shares[i] * parts["dense"]
             values, moments = current.dense(tensor.name)
@@ -177,7 +176,7 @@ class Merger:
         current: StateReader,
         updates: Sequence[StoredUpdate],
         shares: NDArray[np.float64],
-        readers: _Readers,
+        sent: Sequence[tuple[Parts, float]],
         module: ModuleShape,
     ) -> _Merged:
         """One module of the round."""
@@ -185,15 +184,13 @@ class Merger:
         parts, energies = [], np.zeros(len(updates))
         coverage = np.zeros(self.spec.rank)
         for i, update in enumerate(updates):
-            delta, energies[i] = readers.read(i, module.name)
+            delta, energies[i] = sent[i]
             parts.append(self._read(module.name, update, delta, round_, before))
             coverage[parts[-1].rows] += 1
         after = self.method.merge_module(before, parts, round_, self.optimizer)
         error = None
         if self.method.has_global:
             error = measure(self.method, before, after, parts, shares)
-        del parts
-        readers.release(module.name)
         return _Merged(after, energies, coverage, error)
 
     def _read(
@@ -250,28 +247,33 @@ class _Merged:
 
 
 class _Readers:
-    """Updates as open files, so that each header is read once; beyond a limit, one at a time."""
+    """Updates as open files, so that each header is read once; beyond a limit, one at a time.
+
+    What is read of a module lies where the module before it lay: fresh memory would have to be
+    paged in, which takes longer than reading.
+    """
 
     def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate]) -> None:
         self._spec, self._updates = spec, updates
         self._digests = [update.assignment.digest for update in updates]
-        self._done: list[str] = []
-        self._done_bytes = 0
         self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
+        sizes = (sum(r.stored_bytes(module.name) for r in self._open) for module in spec.modules)
+        self._memory = np.empty(max(sizes, default=0), np.uint8).data
 
-    def read(self, i: int, name: str) -> tuple[Parts, float]:
-        """What the i-th update says of a module or dense tensor, and its sum of squares."""
+    def module(self, name: str) -> list[tuple[Parts, float]]:
+        """What each update says of a module, and its sum of squares; valid until the next one."""
+        found, at = [], 0
+        for i in range(len(self._updates)):
+            reader, into = self._at(i), None
+            if i < len(self._open):
+                stop = at + reader.stored_bytes(name)
+                into, at = self._memory[at:stop], stop
+            found.append(reader.measured(name, into))
+        return found
+
+    def dense(self, i: int, name: str) -> tuple[Parts, float]:
+        """What the i-th update says of a dense tensor, and its sum of squares."""
         return self._at(i).measured(name)
-
-    def release(self, name: str) -> None:
-        """A module has been merged: memory behind it may go, once there is much of it."""
-        self._done.append(name)
-        self._done_bytes += sum(reader.mapped_bytes(name) for reader in self._open)
-        if self._done_bytes >= RELEASE_BYTES:
-            for reader in self._open:
-                for done in self._done:
-                    reader.release(done)
-            self._done, self._done_bytes = [], 0
 
     def _at(self, i: int) -> PackedReader:
         return self._open[i] if i < len(self._open) else self._reader(i)

@@ -28,6 +28,7 @@ from coordinator.lowrank import (
 EXACT_SIDE = 2048  # of min(R, m, n): beyond, an eigendecomposition takes many seconds
 NOISE_LIMIT = 1e-6  # share of the norm that Gram matrices may blur before QR is worth its time
 OVERSAMPLING = 16  # directions searched beyond the rank on the approximate path
+COLUMNS = 1024  # of many components turned to float64 at once
 POWER_ITERATIONS = 2
 ERROR_PROBES = 64  # fresh random vectors that estimate what the search has missed
 EPSILON = float(np.finfo(np.float64).eps)
@@ -133,12 +134,12 @@ def _by_components(bundle: Bundle, rank: int) -> _Spectrum | None:
     if noise > NOISE_LIMIT**2 * energy and noise > 0:
         return None
     root = _root(gram_down)
-    half = root.T @ gram_up
-    values, vectors = _eigen(half @ root, noise)
+    square = root.T @ gram_up @ root
+    del gram_up, gram_down  # of many components each is as large as what LAPACK works in
+    values, vectors = _eigen(square, noise)
     top = vectors[: min(rank, np.count_nonzero(values))]
-    inverse = 1 / values[: len(top), None]
-    left = _combine(inverse * (top @ root.T), bundle.up)
-    return _Spectrum(values, left, _combine(inverse * (top @ half), bundle.down))
+    left = _combine((1 / values[: len(top), None]) * (top @ root.T), bundle.up)
+    return _Spectrum(values, left, _combine(_across(left, bundle.up), bundle.down))
 
 
 def _by_qr(bundle: Bundle, rank: int) -> _Spectrum:
@@ -221,9 +222,18 @@ def _eigen(square: Matrix64, noise: float) -> tuple[Matrix64, Matrix64]:
 def _combine(weights: Matrix64, rows: Matrix32) -> Matrix64:
     """The product weights (k, R) @ rows (R, w) in float64, converting some columns at a time."""
     product = np.empty((len(weights), rows.shape[1]))
-    for start in range(0, rows.shape[1], GRAM_COLUMNS):
-        part = slice(start, start + GRAM_COLUMNS)
+    for start in range(0, rows.shape[1], COLUMNS):
+        part = slice(start, start + COLUMNS)
         product[:, part] = weights @ rows[:, part].astype(np.float64)
+    return product
+
+
+def _across(weights: Matrix64, rows: Matrix32) -> Matrix64:
+    """The inner products weights (k, w) @ rows' (w, R) in float64, some columns at a time."""
+    product = np.zeros((len(weights), len(rows)))
+    for start in range(0, rows.shape[1], COLUMNS):
+        part = slice(start, start + COLUMNS)
+        product += weights[:, part] @ rows[:, part].T.astype(np.float64)
     return product
 
 

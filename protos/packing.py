@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
+import os
 import struct
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +41,7 @@ __all__ = [
     "HEADER_BYTES",
     "NO_ASSIGNMENT",
     "NonFiniteError",
+    "PackedFile",
     "PackedReader",
     "PackedWriter",
     "PackingError",
@@ -67,7 +69,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 Parts = dict[Part, Values]
 """One module: up (k, m), down (k, n), core (k, k); or one dense tensor under "dense"."""
-Buffer = bytes | bytearray | memoryview | mmap.mmap
+Buffer = bytes | bytearray | memoryview
 
 
 class WrongSizeError(PackingError):
@@ -297,17 +299,18 @@ class PackedReader:
 
     def __init__(
         self,
-        buffer: Buffer,
+        source: Buffer | PackedFile,
         spec: AdapterSpec,
         payload: Payload,
         *,
         assignment_digest: bytes = NO_ASSIGNMENT,
     ) -> None:
-        self._mapped, self._data = buffer, memoryview(buffer)
+        self._source = source if isinstance(source, PackedFile) else _Memory(source)
         self._codec = _codec(payload.encoding)
-        _check_format(self._data, payload)
+        header = self._source.read(0, min(HEADER_BYTES, self._source.size))
+        _check_format(header, payload)
         self._layout = _layout(spec, payload)
-        _check_contents(self._data, self._layout, payload, assignment_digest)
+        _check_contents(header, self._source.size, self._layout, payload, assignment_digest)
         self._starts = self._sparse_starts() if self._layout.kept else []
 
     @property
@@ -316,20 +319,21 @@ class PackedReader:
         return tuple(self._layout.blocks)
 
     def module(self, name: str) -> Parts:
-        """Decodes one module or dense tensor; arrays may be read-only views of the file.
+        """Decodes one module or dense tensor; arrays may be read-only views of the source.
 
-        Raises `WrongSpecError`, `NonFiniteError`.
+        Raises `WrongSpecError`, `NonFiniteError`, `WrongSizeError`, `OSError`.
         """
         return self.measured(name)[0]
 
-    def measured(self, name: str) -> tuple[Parts, float]:
-        """`module`, and the sum of its squared values, summed in float32 blocks."""
+    def measured(self, name: str, into: memoryview | None = None) -> tuple[Parts, float]:
+        """`module`, and the sum of its squared values, summed in float32 blocks.
+
+        into: memory of `stored_bytes(name)` for what is read from a file; the arrays may be views
+        of it. Fresh memory would have to be paged in, which takes longer than reading.
+        """
         if name not in self._layout.blocks:
             raise WrongSpecError(f"{name} is not in this file; use the names of its spec")
-        parts, energy = {}, 0.0
-        for part, block in self._layout.blocks[name].items():
-            parts[part] = self._block(block)
-            energy += squares(parts[part])
+        parts, energy = self._whole(name, into) if not self._layout.kept else self._sparse(name)
         if not math.isfinite(energy):  # squares may also have overflowed
             for part, values in parts.items():
                 if not np.isfinite(values).all():
@@ -339,31 +343,56 @@ class PackedReader:
                     )
         return parts, energy
 
-    def mapped_bytes(self, name: str) -> int:
-        """Bytes of the file that this module takes, if the file is mapped; sparse ones are not."""
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that this module or tensor takes in a file that is not sparse; 0 if it is not in
+        it, or the file is sparse.
+        """
         start, stop = self._span(name)
         return stop - start
 
-    def release(self, name: str) -> None:
-        """Lets go of the memory behind a mapped module; it is read again when asked for again."""
-        start, stop = self._span(name)
-        if isinstance(self._mapped, mmap.mmap) and stop > start:
-            start -= start % mmap.PAGESIZE
-            self._mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
     def _span(self, name: str) -> tuple[int, int]:
         blocks = list(self._layout.blocks.get(name, {}).values())
-        if not isinstance(self._mapped, mmap.mmap) or not blocks or self._layout.kept:
+        if not blocks or self._layout.kept:
             return 0, 0
-        row = self._codec.scale_bytes + blocks[-1].columns * self._codec.value_bytes
-        return blocks[0].offset, blocks[-1].offset + blocks[-1].rows * row
+        return blocks[0].offset, blocks[-1].offset + self._size(blocks[-1])
+
+    def _size(self, block: _Block) -> int:
+        return block.rows * (self._codec.scale_bytes + block.columns * self._codec.value_bytes)
+
+    def _whole(self, name: str, into: memoryview | None) -> tuple[Parts, float]:
+        """A module that lies in one piece."""
+        codec, blocks = self._codec, self._layout.blocks[name]
+        start, stop = self._span(name)
+        data = self._source.read(start, stop, into)
+        parts: Parts = {}
+        if not codec.scale_bytes:  # value by value: decoded and looked at in one go
+            flat = codec.decode(data, 1, (stop - start) // codec.value_bytes)[0]
+            at = 0
+            for part, block in blocks.items():
+                count = block.rows * block.columns
+                parts[part] = flat[at : at + count].reshape(block.rows, block.columns)
+                at += count
+            return parts, squares(flat)
+        for part, block in blocks.items():
+            at = block.offset - start
+            parts[part] = codec.decode(data[at : at + self._size(block)], block.rows, block.columns)
+        return parts, sum(map(squares, parts.values()))
+
+    def _sparse(self, name: str) -> tuple[Parts, float]:
+        parts: Parts = {
+            part: self._codec.decode(self._expanded(block), block.rows, block.columns)
+            for part, block in self._layout.blocks[name].items()
+        }
+        return parts, sum(map(squares, parts.values()))
 
     def _sparse_starts(self) -> list[int]:
         """Where each block begins, from the counts. Raises `WrongSizeError`."""
         layout, codec = self._layout, self._codec
-        counts = np.frombuffer(self._data, "<u4", layout.count, HEADER_BYTES).astype(np.int64)
+        data = self._source.read(HEADER_BYTES, HEADER_BYTES + 4 * layout.count)
+        counts = np.frombuffer(data, "<u4").astype(np.int64)
         if int(counts.sum()) != layout.kept:
             raise WrongSizeError("the counts of kept values do not add up; send the file again")
+        self._counts = counts
         starts, offset = [], HEADER_BYTES + 4 * layout.count
         for parts in layout.blocks.values():
             for block in parts.values():
@@ -372,45 +401,72 @@ class PackedReader:
                 offset += int(counts[block.index]) * codec.value_bytes
         return starts
 
-    def _block(self, block: _Block) -> Values:
-        codec = self._codec
-        if self._layout.kept:
-            data = self._expanded(block)
-        else:
-            size = block.rows * (codec.scale_bytes + block.columns * codec.value_bytes)
-            data = self._data[block.offset : block.offset + size]
-        return codec.decode(data, block.rows, block.columns)
-
     def _expanded(self, block: _Block) -> memoryview:
         """The bytes of a sparse block as if nothing had been left out."""
         codec, size = self._codec, block.rows * block.columns
         start = self._starts[block.index]
         scales = start + -(-size // 8)
         kept = scales + block.rows * codec.scale_bytes
-        bits = np.unpackbits(np.frombuffer(self._data[start:scales], np.uint8))
+        count = int(self._counts[block.index])
+        end = kept + count * codec.value_bytes
+        data = self._source.read(start, end)
+        bits = np.unpackbits(np.frombuffer(data[: scales - start], np.uint8))
         mask = bits[:size]
-        count = int(np.frombuffer(self._data, "<u4", 1, HEADER_BYTES + 4 * block.index)[0])
         if int(mask.sum()) != count or bits[size:].any():
             raise WrongSizeError("a bitmap and its count of kept values differ; send it again")
         whole = bytearray(kept - scales + size * codec.value_bytes)
-        whole[: kept - scales] = self._data[scales:kept]
+        whole[: kept - scales] = data[scales - start : kept - start]
         values = np.frombuffer(whole, f"V{codec.value_bytes}", offset=kept - scales)
-        end = kept + count * codec.value_bytes
-        values[mask.view(np.bool_)] = np.frombuffer(self._data[kept:end], values.dtype)
+        values[mask.view(np.bool_)] = np.frombuffer(data[kept - start :], values.dtype)
         return memoryview(whole)
+
+
+class PackedFile:
+    """A file on disk, read where asked; it stays open while this object lives.
+
+    Read, not mapped: a file that shrinks meanwhile is an error here and the end of the process
+    there. Raises `OSError`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self.size = os.fstat(self._file).st_size
+
+    def read(self, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+        """These bytes, in `into` if given. Raises `WrongSizeError`, `OSError`."""
+        data = np.empty(stop - start, np.uint8).data if into is None else into
+        data, at = data[: stop - start], 0
+        while at < stop - start:
+            count = os.preadv(self._file, [data[at:]], start + at)
+            if not count:
+                raise WrongSizeError(
+                    f"the file ends at byte {start + at} of {stop}; it was cut while in use, send "
+                    "it again"
+                )
+            at += count
+        return data
+
+
+class _Memory:
+    """A file in memory."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._data = memoryview(buffer)
+        self.size = self._data.nbytes
+
+    def read(self, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+        return self._data[start:stop]
 
 
 def open_packed(
     path: Path, spec: AdapterSpec, payload: Payload, *, assignment_digest: bytes = NO_ASSIGNMENT
 ) -> PackedReader:
-    """Maps a packed file into memory; the map lives as long as the reader.
+    """Opens a packed file; it stays open while the reader lives.
 
-    The file must not shrink meanwhile. Raises `PackingError`, `OSError`.
+    Raises `PackingError`, `OSError`.
     """
-    with path.open("rb") as stream:
-        empty = stream.seek(0, 2) == 0  # an empty file cannot be mapped
-        buffer = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return PackedReader(buffer, spec, payload, assignment_digest=assignment_digest)
+    return PackedReader(PackedFile(path), spec, payload, assignment_digest=assignment_digest)
 
 
 def unpack(
@@ -491,10 +547,10 @@ def _check_format(data: memoryview, payload: Payload) -> None:
 
 
 def _check_contents(
-    data: memoryview, layout: _Layout, payload: Payload, assignment_digest: bytes
+    header: memoryview, size: int, layout: _Layout, payload: Payload, assignment_digest: bytes
 ) -> None:
     """Checks digests, counts and the exact size."""
-    _, _, _, parts, zero, modules, rows, kept, spec_digest, assignment = HEADER.unpack_from(data)
+    _, _, _, parts, zero, modules, rows, kept, spec_digest, assignment = HEADER.unpack_from(header)
     if spec_digest != layout.spec_digest:
         raise WrongSpecError(
             f"packed for adapter spec {spec_digest.hex()[:12]}, this run's is "
@@ -520,8 +576,8 @@ def _check_contents(
             f"{payload.rank} and {layout.kept}; agent and coordinator disagree about it, restart "
             "the agent"
         )
-    if data.nbytes != layout.total_bytes:
+    if size != layout.total_bytes:
         raise WrongSizeError(
-            f"has {data.nbytes} bytes where {payload.rank} rows take exactly "
+            f"has {size} bytes where {payload.rank} rows take exactly "
             f"{layout.total_bytes}; the transfer was cut or the file is damaged, send it again"
         )

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-from coordinator.lowrank import Bundle, stack
+import numpy as np
+
+from coordinator.lowrank import Bundle
 from coordinator.methods.base import (
     MethodOptions,
     ModuleState,
@@ -46,11 +48,26 @@ class FedExLoRA(WholeMethod):
         mean = current.moved(sum_of_changes(current, updates, shares))
         if len(updates) == 1:
             return mean  # which misses nothing
-        # The residual is the covariance sum p_i (B_i - B)(A_i - A). The B_i - B sum to zero under
-        # p_i, so any one A may stand for the mean A: with the first device's, its term is zero.
-        first, *others = today(current, updates)
-        centred = [
-            Bundle(own.up - mean.adapter.up, own.down - first.down, own.scale) for own in others
-        ]
-        residual = stack(centred, shares[1:].tolist())
+        residual = _residual(current, mean.adapter, updates, shares)
         return dataclasses.replace(mean, side=beside(current, residual, self.budget))
+
+
+def _residual(
+    current: ModuleState, mean: Bundle, updates: Sequence[ModuleUpdate], shares: Shares
+) -> Bundle:
+    """The covariance sum p_i s (B_i - B)(A_i - A), of (U - 1) r components.
+
+    The B_i - B sum to zero under p_i, so any one A may stand for the mean A: with the first
+    device's, its term is zero. Filled device by device: two more copies of all of them would be
+    most of a merge's memory.
+    """
+    rank, count = mean.rank, len(updates) - 1
+    up = np.empty((count * rank, mean.up.shape[1]), np.float32)
+    down = np.empty((count * rank, mean.down.shape[1]), np.float32)
+    first = today(current, updates[0])
+    for i in range(count):
+        own, rows = today(current, updates[i + 1]), slice(i * rank, (i + 1) * rank)
+        np.subtract(own.up, mean.up, out=up[rows])
+        up[rows] *= np.float32(shares[i + 1] * own.scale)
+        np.subtract(own.down, first.down, out=down[rows])
+    return Bundle(up, down, 1.0)

@@ -46,7 +46,7 @@ class FLoRANA(WholeMethod):
         self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares, round_: int
     ) -> ModuleState:
         """The fitted pair, or FedIT's means."""
-        adapters = today(current, updates)
+        adapters = [today(current, update) for update in updates]
         found = fitted(adapters, shares)
         if found is None:
             return current.moved(sum_of_changes(current, updates, shares))

@@ -46,7 +46,8 @@ class LoRAFAIR(WholeMethod):
         mean = current.moved(sum_of_changes(current, updates, shares))
         up, down = mean.adapter.up, mean.adapter.down.astype(np.float64)
         missed: Matrix64 = np.zeros(up.shape)  # A (sum p_i (A_i - A)' (B_i - B)'), (r, m)
-        for own, share in zip(today(current, updates), shares, strict=True):
+        for update, share in zip(updates, shares, strict=True):
+            own = today(current, update)
             turned = down @ (own.down - mean.adapter.down).T.astype(np.float64)  # (r, r)
             missed += (share * turned) @ (own.up - up).astype(np.float64)
         square = down @ down.T + self.regularisation * np.eye(len(down))

@@ -32,12 +32,12 @@ def sum_of_changes(current: ModuleState, updates: Sequence[ModuleUpdate], factor
     return steps
 
 
-def today(current: ModuleState, updates: Sequence[ModuleUpdate]) -> list[Bundle]:
-    """What whole adapters are when each change is added to the current one, as it is in a mean.
+def today(current: ModuleState, update: ModuleUpdate) -> Bundle:
+    """What a whole adapter is when its change is added to the current one, as it is in a mean.
 
     On time that is what the device trained; a late one started from an older model.
     """
-    return [current.moved(update.delta).adapter for update in updates]
+    return current.moved(update.delta).adapter
 
 
 def covered(rank: int, updates: Sequence[ModuleUpdate], shares: Shares) -> NDArray[np.float64]:

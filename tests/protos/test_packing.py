@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import struct
 import tracemalloc
 
@@ -400,7 +401,7 @@ def test_header_is_as_documented():
 
 @each_encoding
 @each_density
-def test_a_file_is_read_through_a_map_one_module_at_a_time(tmp_path, encoding, density):
+def test_a_file_is_read_where_asked_one_module_at_a_time(tmp_path, encoding, density):
     spec, payload = make_spec(), Payload(4, encoding, EVERYTHING, density)
     data = pack(spec, payload, make_factors(spec, 4))
     path = tmp_path / "update"
@@ -411,6 +412,35 @@ def test_a_file_is_read_through_a_map_one_module_at_a_time(tmp_path, encoding, d
     assert_equal({n: reader.module(n) for n in names}, {n: whole[n] for n in names})
     with pytest.raises(WrongSpecError):
         reader.module("absent")
+
+
+@each_encoding
+def test_what_is_read_lies_in_the_memory_given(tmp_path, encoding):
+    spec, payload = make_spec(), Payload(4, encoding, EVERYTHING)
+    data = pack(spec, payload, make_factors(spec, 4))
+    path = tmp_path / "update"
+    path.write_bytes(data)
+    reader, fresh = open_packed(path, spec, payload), PackedReader(data, spec, payload)
+    memory = memoryview(bytearray(max(map(reader.stored_bytes, reader.names))))
+    for name in reader.names:
+        found, energy = reader.measured(name, memory)
+        assert_equal({name: found}, {name: fresh.module(name)})
+        assert energy == fresh.measured(name)[1]
+        if encoding == "float32":
+            assert all(np.shares_memory(v, np.asarray(memory)) for v in found.values())
+
+
+def test_a_file_that_shrinks_while_in_use_is_an_error(tmp_path):
+    spec, payload = make_spec(), Payload(4, "float32")
+    path = tmp_path / "update"
+    path.write_bytes(pack(spec, payload, make_factors(spec, 4)))
+    reader = open_packed(path, spec, payload)
+    os.truncate(path, path.stat().st_size - 4)
+    *whole, cut = reader.names
+    for name in whole:
+        reader.module(name)
+    with pytest.raises(WrongSizeError, match="cut while in use"):
+        reader.module(cut)
 
 
 def test_a_module_that_the_file_holds_nothing_of_is_refused_by_name():
