@@ -134,12 +134,12 @@ def _by_components(bundle: Bundle, rank: int) -> _Spectrum | None:
     if noise > NOISE_LIMIT**2 * energy and noise > 0:
         return None
     root = _root(gram_down)
-    square = root.T @ gram_up @ root
-    del gram_up, gram_down  # of many components each is as large as what LAPACK works in
-    values, vectors = _eigen(square, noise)
+    del gram_down  # of many components each is as large as what LAPACK works in
+    values, vectors = _eigen(root.T @ gram_up @ root, noise)
     top = vectors[: min(rank, np.count_nonzero(values))]
-    left = _combine((1 / values[: len(top), None]) * (top @ root.T), bundle.up)
-    return _Spectrum(values, left, _combine(_across(left, bundle.up), bundle.down))
+    weights = (1 / values[: len(top), None]) * (top @ root.T)
+    left = _combine(weights, bundle.up)
+    return _Spectrum(values, left, _combine(weights @ gram_up, bundle.down))
 
 
 def _by_qr(bundle: Bundle, rank: int) -> _Spectrum:
@@ -225,15 +225,6 @@ def _combine(weights: Matrix64, rows: Matrix32) -> Matrix64:
     for start in range(0, rows.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
         product[:, part] = weights @ rows[:, part].astype(np.float64)
-    return product
-
-
-def _across(weights: Matrix64, rows: Matrix32) -> Matrix64:
-    """The inner products weights (k, w) @ rows' (w, R) in float64, some columns at a time."""
-    product = np.zeros((len(weights), len(rows)))
-    for start in range(0, rows.shape[1], COLUMNS):
-        part = slice(start, start + COLUMNS)
-        product += weights[:, part] @ rows[:, part].T.astype(np.float64)
     return product
 
 
