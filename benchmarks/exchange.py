@@ -24,9 +24,10 @@ from edge_agent.link import Link
 from profiles.device import ComputeProfile, DeviceProfile
 from profiles.link import LinkProfile
 from protos.contract import AdapterSpec, Assignment, LocalReport, from_message
-from protos.packing import pack, unpack
+from protos.packing import pack
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.transfer import sha256_of
+from protos.unpacking import unpack
 from trials.fleet import LocalFleet
 
 CONFIG = {

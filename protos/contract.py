@@ -23,7 +23,7 @@ from profiles.errors import SketchfleetError
 from profiles.model import ModuleShape
 
 Precision = Literal["nf4", "int8", "bf16", "fp32"]
-Encoding = Literal["float32", "bfloat16", "int8"]
+Encoding = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
 Part = Literal["up", "down", "core", "dense"]
 RowChoice = Literal["prefix", "stratified", "independent"]
 Subject = Literal["global", "slice", "personal"]
@@ -113,6 +113,8 @@ class Payload:
     encoding: Encoding
     parts: tuple[Part, ...] = ("up", "down")  # core is (rank, rank); dense, the spec's tensors
     density: float = 1.0  # share of the values that is kept, those of largest magnitude
+    group: int = 0  # values that share a scale; 0: a row of a part
+    compressed: bool = False  # blocks may be Zstandard frames, where that is shorter
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Assignment:
     checkpointing: bool
     local_steps: int
     learning_rate: float
-    optimizer: str  # "adamw" | "sgd"
+    optimizer: str  # "adamw" | "adamw8bit" | "sgd"
     update: Payload
     evaluation_sequences: int  # held-out sequences per evaluation
     held_out_share: float
@@ -185,6 +187,8 @@ class Assignment:
     global_side: BlobRef | None = None
     objective: Objective | None = None
     pruning: Pruning | None = None
+    fill_in_middle: float = 0.0  # share of training documents rearranged, if the tokenizer can
+    completions: int = 0  # of held-out code to be generated and compared, per evaluation
 
     @property
     def digest(self) -> bytes:
@@ -205,7 +209,11 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean next-token loss (nats) and accuracy on the device's own held-out code."""
+    """Mean next-token loss (nats) and accuracy on the device's own held-out code.
+
+    exact_match, edit_similarity: of `completions` generated lines against the held-out ones;
+    pass_at_1, pass_at_k: unbiased, from `samples` programs for each of `problems`.
+    """
 
     # "global": the whole adapter; "slice": the assigned rows; "personal": the device's own
     subject: Subject
@@ -213,6 +221,26 @@ class Evaluation:
     loss: float
     token_accuracy: float
     tokens: int
+    completions: int = 0
+    exact_match: float | None = None
+    edit_similarity: float | None = None
+    problems: int = 0
+    samples: int = 0  # programs per problem; also the k of pass_at_k
+    pass_at_1: float | None = None
+    pass_at_k: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a local round is; travels with the heartbeat."""
+
+    step: int
+    steps: int
+    tokens_per_s: float
+    memory_bytes: int
+    temperature_c: float | None = None
+    joules: float | None = None  # since the round began, where the board tells
+    paused: str = ""  # why training waits, in words; empty while it does not
 
 
 @dataclass(frozen=True)
@@ -237,6 +265,12 @@ class LocalReport:
     resumes: int = 0
     main_language: str = ""
     kept_rank: int = 0  # rows left after HetLoRA's self-pruning; 0: nothing was pruned
+    step_s: float = 0.0  # median of the optimiser steps
+    load_s: float = 0.0  # until base and code were in memory; 0 where they were kept
+    paused_s: float = 0.0  # waiting for the owner, the heat or the hour; not in train_s
+    resumed_step: int = 0  # steps found done in a checkpoint
+    temperature_c: float | None = None  # the highest during training
+    joules: float | None = None
 
     def evaluation(self, subject: Subject, stage: Stage) -> Evaluation | None:
         """The evaluation of that subject at that stage, if it was made."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import IO
 
 from profiles.errors import SketchfleetError
 
-CHUNK_BYTES = 128 * 1024
+CHUNK_BYTES = 512 * 1024  # at most
+FIRST_CHUNK_BYTES = 32 * 1024
+LEAST_CHUNK_BYTES = 4 * 1024
+QUICK_CHUNK_S, SLOW_CHUNK_S = 2.0, 10.0  # chunks grow below and shrink above
 WINDOW_CHUNKS = 4
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -43,12 +47,32 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def chunks(path: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """(offset, data) of a file from `offset` on, `CHUNK_BYTES` at most each."""
-    with path.open("rb") as stream:
+class ChunkSize:
+    """Bytes of the next chunk: as large as a link carries in a few seconds.
+
+    Large chunks cost few calls; what an interruption loses is at most those on their way.
+    """
+
+    def __init__(self, most_bytes: int = CHUNK_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self.bytes = min(FIRST_CHUNK_BYTES, most_bytes)
+
+    def took(self, seconds: float) -> None:
+        """A chunk has been delivered, after so long."""
+        if seconds < QUICK_CHUNK_S:
+            self.bytes = min(self.most_bytes, 2 * self.bytes)
+        elif seconds > SLOW_CHUNK_S:
+            self.bytes = max(LEAST_CHUNK_BYTES, self.bytes // 2)
+
+
+def chunks(path: Path, offset: int, size: ChunkSize) -> Iterator[tuple[int, bytes]]:
+    """(offset, data) of a file from `offset` on; tells `size` how long each was held up."""
+    with path.open("rb", buffering=0) as stream:
         stream.seek(offset)
-        while data := stream.read(CHUNK_BYTES):
+        while data := stream.read(size.bytes):
+            begun = time.monotonic()
             yield offset, data
+            size.took(time.monotonic() - begun)
             offset += len(data)
 
 
@@ -84,7 +108,7 @@ class PartFile:
         self.path = path
         self.size_bytes = size_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream: IO[bytes] = path.open("ab")
+        self._stream: IO[bytes] = path.open("ab", buffering=0)
         self._ahead: dict[int, bytes] = {}
         self.length = path.stat().st_size
         if self.length > size_bytes:
@@ -127,9 +151,11 @@ class PartFile:
         return self.length
 
     def _append(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._stream.flush()
-        self.length += len(data)
+        rest = memoryview(data)
+        while rest:  # an unbuffered write may take a part only
+            written = self._stream.write(rest)
+            self.length += written
+            rest = rest[written:]
 
     def finish(self, digest: str, target: Path) -> None:
         """Verifies length and SHA-256, syncs, and renames to `target`.

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
+from profiles.device import ComputePoint, ComputeProfile, DeviceProfile, GpuProfile, PowerProfile
 from profiles.link import LinkProfile
 from profiles.model import ModuleShape
 from protos.contract import (
@@ -26,6 +26,7 @@ from protos.contract import (
     Objective,
     Payload,
     ProfileRequest,
+    Progress,
     Pruning,
     canonical_json,
     from_json,
@@ -40,6 +41,7 @@ TRAVELLERS = {
     AdapterSpec: pb.AdapterSpec,
     Assignment: pb.Assignment,
     BlobRef: pb.BlobRef,
+    ComputePoint: pb.ComputePoint,
     ComputeProfile: pb.ComputeProfile,
     DeviceProfile: pb.DeviceProfile,
     Evaluation: pb.Evaluation,
@@ -49,7 +51,9 @@ TRAVELLERS = {
     ModuleShape: pb.ModuleShape,
     Objective: pb.Objective,
     Payload: pb.Payload,
+    PowerProfile: pb.PowerProfile,
     ProfileRequest: pb.ProfileRequest,
+    Progress: pb.Progress,
     Pruning: pb.Pruning,
 }
 ONE_OF_EACH = {int: 7, float: 0.5, str: "word", bool: True}
@@ -185,7 +189,8 @@ def test_a_tensor_changes_the_digest(tensors):
 
 def test_what_the_update_is_to_hold_changes_the_digest():
     fact = make(Assignment)
-    changes = {"rank": 8, "encoding": "int8", "parts": ("up", "down"), "density": 0.25}
+    changes = {"rank": 8, "encoding": "int8", "parts": ("up", "down"), "density": 0.25,
+               "group": 64, "compressed": False}  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(Payload)}
     for name, value in changes.items():
         update = dataclasses.replace(fact.update, **{name: value})
@@ -288,8 +293,8 @@ def test_a_ref_that_does_not_say_what_it_holds_is_refused():
     ("kind", "change", "where"),
     [
         (Payload, {"parts": ["up", "middle"]}, "parts.1"),
-        (Payload, {"encoding": "int4"}, "encoding"),
-        (BlobRef, {"payload": {"rank": 1, "encoding": "int4"}}, "payload.encoding"),
+        (Payload, {"encoding": "int5"}, "encoding"),
+        (BlobRef, {"payload": {"rank": 1, "encoding": "int5"}}, "payload.encoding"),
         (Assignment, {"rows": "random"}, "rows"),
         (Assignment, {"trained": ["sideways"]}, "trained.0"),
     ],

@@ -20,7 +20,9 @@ from protos import transfer
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.transfer import (
     CHUNK_BYTES,
+    LEAST_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
+    ChunkSize,
     CorruptChunkError,
     OffsetError,
     PartFile,
@@ -136,7 +138,7 @@ def test_a_part_file_resumes_at_any_byte_after_a_restart(tmp_path, held):
     source.write_bytes(data)
     part = PartFile(tmp_path / "x.part", len(data))
     assert part.length == held
-    for offset, piece in chunks(source, part.length):
+    for offset, piece in chunks(source, part.length, ChunkSize(CHUNK)):
         part.write(offset, piece, crc32(piece))
     part.finish(digest_of(data), tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == data
@@ -277,7 +279,7 @@ def test_chunks_cover_the_file_from_any_offset(tmp_path):
     data = make_data(3 * CHUNK + 1)
     (tmp_path / "x").write_bytes(data)
     for offset in range(len(data) + 2):
-        pieces = list(chunks(tmp_path / "x", offset))
+        pieces = list(chunks(tmp_path / "x", offset, ChunkSize(CHUNK)))
         assert b"".join(piece for _, piece in pieces) == data[offset:]
         assert all(piece == data[at : at + len(piece)] for at, piece in pieces)
     assert sha256_of(tmp_path / "x") == digest_of(data)
@@ -291,4 +293,16 @@ def test_messages_with_a_whole_chunk_stay_far_below_the_limit():
         pb.FetchResponse(offset=large, data=chunk, crc32=2**32 - 1),
     ]
     for message in messages:
-        assert message.ByteSize() < MAX_MESSAGE_BYTES / 4
+        assert message.ByteSize() < 0.6 * MAX_MESSAGE_BYTES
+
+
+def test_chunks_follow_the_link():
+    """Four fixed chunks in flight would never end on a slow link: 4 x 512 KiB at 50 kbit/s."""
+    size, found = ChunkSize(512 * 1024), []
+    for seconds in [15.0] * 5 + [5.0] + [0.1] * 8:
+        size.took(seconds)
+        found.append(size.bytes)
+    assert found[:5] == [16384, 8192, 4096, 4096, 4096]
+    assert found[5] == LEAST_CHUNK_BYTES, "neither slow nor quick: as it was"
+    assert found[-1] == 512 * 1024 == max(found)
+    assert ChunkSize(1000).bytes == 1000

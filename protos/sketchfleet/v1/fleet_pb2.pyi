@@ -52,8 +52,22 @@ class GpuProfile(_message.Message):
     unified_memory: bool
     def __init__(self, name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., unified_memory: bool = ...) -> None: ...
 
+class ComputePoint(_message.Message):
+    __slots__ = ("sequence_tokens", "micro_batch", "step_s", "forward_s", "peak_bytes")
+    SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_S_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    sequence_tokens: int
+    micro_batch: int
+    step_s: float
+    forward_s: float
+    peak_bytes: int
+    def __init__(self, sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., step_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+
 class ComputeProfile(_message.Message):
-    __slots__ = ("base_digest", "precision", "tokens_per_s", "forward_tokens_per_s", "baseline_bytes", "peak_bytes", "rank", "sequence_tokens", "micro_batch")
+    __slots__ = ("base_digest", "precision", "tokens_per_s", "forward_tokens_per_s", "baseline_bytes", "peak_bytes", "rank", "sequence_tokens", "micro_batch", "loaded_bytes", "small")
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +77,8 @@ class ComputeProfile(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SMALL_FIELD_NUMBER: _ClassVar[int]
     base_digest: str
     precision: str
     tokens_per_s: float
@@ -72,22 +88,40 @@ class ComputeProfile(_message.Message):
     rank: int
     sequence_tokens: int
     micro_batch: int
-    def __init__(self, base_digest: _Optional[str] = ..., precision: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., forward_tokens_per_s: _Optional[float] = ..., baseline_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
+    loaded_bytes: int
+    small: ComputePoint
+    def __init__(self, base_digest: _Optional[str] = ..., precision: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., forward_tokens_per_s: _Optional[float] = ..., baseline_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., small: _Optional[_Union[ComputePoint, _Mapping]] = ...) -> None: ...
+
+class PowerProfile(_message.Message):
+    __slots__ = ("mode", "on_battery", "battery_percent", "temperature_c")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    ON_BATTERY_FIELD_NUMBER: _ClassVar[int]
+    BATTERY_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_C_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    on_battery: bool
+    battery_percent: float
+    temperature_c: float
+    def __init__(self, mode: _Optional[str] = ..., on_battery: bool = ..., battery_percent: _Optional[float] = ..., temperature_c: _Optional[float] = ...) -> None: ...
 
 class LinkProfile(_message.Message):
-    __slots__ = ("up_bps", "down_bps", "rtt_s", "metered")
+    __slots__ = ("up_bps", "down_bps", "rtt_s", "metered", "variation", "budget_bytes")
     UP_BPS_FIELD_NUMBER: _ClassVar[int]
     DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
     RTT_S_FIELD_NUMBER: _ClassVar[int]
     METERED_FIELD_NUMBER: _ClassVar[int]
+    VARIATION_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     up_bps: float
     down_bps: float
     rtt_s: float
     metered: bool
-    def __init__(self, up_bps: _Optional[float] = ..., down_bps: _Optional[float] = ..., rtt_s: _Optional[float] = ..., metered: bool = ...) -> None: ...
+    variation: float
+    budget_bytes: int
+    def __init__(self, up_bps: _Optional[float] = ..., down_bps: _Optional[float] = ..., rtt_s: _Optional[float] = ..., metered: bool = ..., variation: _Optional[float] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
 
 class DeviceProfile(_message.Message):
-    __slots__ = ("board", "cpu", "cores", "memory_total_bytes", "memory_available_bytes", "memory_cap_bytes", "disk_free_bytes", "agent_version", "gpu", "compute", "link")
+    __slots__ = ("board", "cpu", "cores", "memory_total_bytes", "memory_available_bytes", "memory_cap_bytes", "disk_free_bytes", "agent_version", "gpu", "compute", "link", "known_board", "swap_bytes", "power")
     BOARD_FIELD_NUMBER: _ClassVar[int]
     CPU_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +133,9 @@ class DeviceProfile(_message.Message):
     GPU_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_BOARD_FIELD_NUMBER: _ClassVar[int]
+    SWAP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POWER_FIELD_NUMBER: _ClassVar[int]
     board: str
     cpu: str
     cores: int
@@ -110,7 +147,10 @@ class DeviceProfile(_message.Message):
     gpu: GpuProfile
     compute: ComputeProfile
     link: LinkProfile
-    def __init__(self, board: _Optional[str] = ..., cpu: _Optional[str] = ..., cores: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., memory_cap_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., agent_version: _Optional[str] = ..., gpu: _Optional[_Union[GpuProfile, _Mapping]] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., link: _Optional[_Union[LinkProfile, _Mapping]] = ...) -> None: ...
+    known_board: str
+    swap_bytes: int
+    power: PowerProfile
+    def __init__(self, board: _Optional[str] = ..., cpu: _Optional[str] = ..., cores: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., memory_cap_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., agent_version: _Optional[str] = ..., gpu: _Optional[_Union[GpuProfile, _Mapping]] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., link: _Optional[_Union[LinkProfile, _Mapping]] = ..., known_board: _Optional[str] = ..., swap_bytes: _Optional[int] = ..., power: _Optional[_Union[PowerProfile, _Mapping]] = ...) -> None: ...
 
 class ModuleShape(_message.Message):
     __slots__ = ("name", "out_features", "in_features")
@@ -147,16 +187,20 @@ class AdapterSpec(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., base: _Optional[str] = ..., base_revision: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: bool = ..., seed: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("rank", "encoding", "parts", "density")
+    __slots__ = ("rank", "encoding", "parts", "density", "group", "compressed")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     encoding: str
     parts: _containers.RepeatedScalarFieldContainer[str]
     density: float
-    def __init__(self, rank: _Optional[int] = ..., encoding: _Optional[str] = ..., parts: _Optional[_Iterable[str]] = ..., density: _Optional[float] = ...) -> None: ...
+    group: int
+    compressed: bool
+    def __init__(self, rank: _Optional[int] = ..., encoding: _Optional[str] = ..., parts: _Optional[_Iterable[str]] = ..., density: _Optional[float] = ..., group: _Optional[int] = ..., compressed: bool = ...) -> None: ...
 
 class BlobRef(_message.Message):
     __slots__ = ("digest", "size_bytes", "payload")
@@ -185,7 +229,7 @@ class Pruning(_message.Message):
     def __init__(self, keep: _Optional[float] = ..., penalty: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis")
+    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis", "fill_in_middle", "completions")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +266,8 @@ class Assignment(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     PRUNING_FIELD_NUMBER: _ClassVar[int]
     KEEPS_BASIS_FIELD_NUMBER: _ClassVar[int]
+    FILL_IN_MIDDLE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     run_id: str
     round: int
@@ -258,17 +304,39 @@ class Assignment(_message.Message):
     objective: Objective
     pruning: Pruning
     keeps_basis: bool
-    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ...) -> None: ...
+    fill_in_middle: float
+    completions: int
+    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ..., fill_in_middle: _Optional[float] = ..., completions: _Optional[int] = ...) -> None: ...
 
 class NextTaskRequest(_message.Message):
-    __slots__ = ("profile", "wait_s", "working_on")
+    __slots__ = ("profile", "wait_s", "working_on", "progress")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     WORKING_ON_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     profile: DeviceProfile
     wait_s: float
     working_on: str
-    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("step", "steps", "tokens_per_s", "memory_bytes", "temperature_c", "joules", "paused")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_C_FIELD_NUMBER: _ClassVar[int]
+    JOULES_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    steps: int
+    tokens_per_s: float
+    memory_bytes: int
+    temperature_c: float
+    joules: float
+    paused: str
+    def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., temperature_c: _Optional[float] = ..., joules: _Optional[float] = ..., paused: _Optional[str] = ...) -> None: ...
 
 class NextTaskResponse(_message.Message):
     __slots__ = ("kind", "poll_again_s", "spec", "assignment", "remaining_s", "profile_request", "message")
@@ -313,21 +381,35 @@ class ProfileRequest(_message.Message):
     def __init__(self, precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("subject", "stage", "loss", "token_accuracy", "tokens")
+    __slots__ = ("subject", "stage", "loss", "token_accuracy", "tokens", "completions", "exact_match", "edit_similarity", "problems", "samples", "pass_at_1", "pass_at_k")
     SUBJECT_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ACCURACY_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_MATCH_FIELD_NUMBER: _ClassVar[int]
+    EDIT_SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PASS_AT_1_FIELD_NUMBER: _ClassVar[int]
+    PASS_AT_K_FIELD_NUMBER: _ClassVar[int]
     subject: str
     stage: str
     loss: float
     token_accuracy: float
     tokens: int
-    def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+    completions: int
+    exact_match: float
+    edit_similarity: float
+    problems: int
+    samples: int
+    pass_at_1: float
+    pass_at_k: float
+    def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ..., completions: _Optional[int] = ..., exact_match: _Optional[float] = ..., edit_similarity: _Optional[float] = ..., problems: _Optional[int] = ..., samples: _Optional[int] = ..., pass_at_1: _Optional[float] = ..., pass_at_k: _Optional[float] = ...) -> None: ...
 
 class LocalReport(_message.Message):
-    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language", "kept_rank")
+    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language", "kept_rank", "step_s", "load_s", "paused_s", "resumed_step", "temperature_c", "joules")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +428,12 @@ class LocalReport(_message.Message):
     RESUMES_FIELD_NUMBER: _ClassVar[int]
     MAIN_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     KEPT_RANK_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_S_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_STEP_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_C_FIELD_NUMBER: _ClassVar[int]
+    JOULES_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     outcome: str
     message: str
@@ -364,7 +452,13 @@ class LocalReport(_message.Message):
     resumes: int
     main_language: str
     kept_rank: int
-    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ..., kept_rank: _Optional[int] = ...) -> None: ...
+    step_s: float
+    load_s: float
+    paused_s: float
+    resumed_step: int
+    temperature_c: float
+    joules: float
+    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ..., kept_rank: _Optional[int] = ..., step_s: _Optional[float] = ..., load_s: _Optional[float] = ..., paused_s: _Optional[float] = ..., resumed_step: _Optional[int] = ..., temperature_c: _Optional[float] = ..., joules: _Optional[float] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("report",)
