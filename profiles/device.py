@@ -19,6 +19,17 @@ class GpuProfile:
 
 
 @dataclass(frozen=True)
+class ComputePoint:
+    """Training steps of one size, as measured."""
+
+    sequence_tokens: int
+    micro_batch: int
+    step_s: float  # forward, backward and optimiser step of one micro-batch
+    forward_s: float  # held-out evaluation of one micro-batch
+    peak_bytes: int  # as in `ComputeProfile`
+
+
+@dataclass(frozen=True)
 class ComputeProfile:
     """A short real training run of the run's own base model on this device."""
 
@@ -31,6 +42,18 @@ class ComputeProfile:
     rank: int  # of the adapter that was trained
     sequence_tokens: int
     micro_batch: int
+    loaded_bytes: int = 0  # resident or allocated with the base loaded, before any step
+    small: ComputePoint | None = None  # a second, smaller size: what a step costs however small
+
+
+@dataclass(frozen=True)
+class PowerProfile:
+    """How a device is powered and how warm it is."""
+
+    mode: str  # as nvpmodel names it ("25W"); empty where there are no modes
+    on_battery: bool | None = None
+    battery_percent: float | None = None
+    temperature_c: float | None = None  # of the warmest zone that can be read
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,9 @@ class DeviceProfile:
     gpu: GpuProfile | None = None
     compute: ComputeProfile | None = None
     link: LinkProfile | None = None
+    known_board: str = ""  # its name in profiles/boards, if it is one of them
+    swap_bytes: int = 0  # swap and zram; never planned with
+    power: PowerProfile | None = None
 
     @property
     def trainer_bytes(self) -> int:

@@ -13,3 +13,5 @@ class LinkProfile:
     down_bps: float
     rtt_s: float
     metered: bool = False
+    variation: float = 0.0  # mean relative error of what the rates predicted; 0: not known
+    budget_bytes: int | None = None  # left of the owner's daily budget, both ways together

@@ -1,4 +1,4 @@
-"""A TOML file -> a checked pydantic model, or one sentence that says what is wrong with it.
+"""A TOML file -> a checked model or dataclass, or one sentence that says what is wrong with it.
 
 Knows TOML and how people misspell keys; knows no section of `run.toml` or `agent.toml`, which
 `coordinator.config` and `edge_agent.config` describe. Nothing is read from the environment.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from profiles.errors import SketchfleetError
 
@@ -25,24 +26,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-M = TypeVar("M", bound=BaseModel)
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
+
+T = TypeVar("T")
 
 
-def load_settings(path: Path, model: type[M], error_class: type[SketchfleetError]) -> M:
-    """Reads a TOML file as a model whose fields are its tables.
+def load_settings(path: Path, model: type[T], error_class: type[SketchfleetError]) -> T:
+    """Reads a TOML file as a model or dataclass whose fields are its tables.
 
     Raises `error_class` with the file, the key and what is allowed there.
     """
     try:
-        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise error_class(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise error_class(f"{path} is not valid TOML: {error}") from error
+    return parse_settings(text, str(path), model, error_class)
+
+
+def parse_settings(text: str, name: str, model: type[T], error_class: type[SketchfleetError]) -> T:
+    """The same for text that is read already; errors call it `name`."""
     try:
-        return model.model_validate(plain)
+        plain = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise error_class(f"{name} is not valid TOML: {error}") from error
+    try:
+        return TypeAdapter(model).validate_python(plain)
     except ValidationError as error:
-        raise error_class(f"{path}: {_explain(model, error)}") from error
+        raise error_class(f"{name}: {_explain(model, error)}") from error
 
 
 def host_of(address: str) -> str:
@@ -53,27 +65,46 @@ def host_of(address: str) -> str:
     return found[1].strip("[]")
 
 
-def _explain(model: type[BaseModel], error: ValidationError) -> str:
+def _explain(model: type[Any], error: ValidationError) -> str:
     """The first problem as one sentence, with a suggestion for a misspelt key."""
     found = error.errors()
     # A misspelt section is also a missing one; the misspelling is what helps.
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    where = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        known = _keys(model, where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1)
+    first = next((e for e in found if e["type"] in UNKNOWN_KEY), found[0])
+    where = first["loc"]
+    if first["type"] in UNKNOWN_KEY:
+        key, known = str(where[-1]), _keys(model, where[:-1])
+        near = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-        place = f"[{where[0]}]" if len(where) > 1 else "the top level"
-        return f"unknown key {where[-1]!r} in {place}{hint}"
-    if first["type"] == "missing":
-        return f"[{where[0]}] " + (f"lacks {where[1]!r}" if len(where) > 1 else "is missing")
+        place = _place(where[:-1])[0] if len(where) > 1 else "the top level"
+        return f"unknown key {key!r} in {place}{hint}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"[{where[0]}] {' '.join(where[1:2])}: {message}" if where else message
+    if not where:
+        return message
+    place, inside = _place(where)
+    if first["type"] == "missing":
+        return f"{place} lacks {inside[0]!r}" if inside else f"{place} is missing"
+    return f"{place} {inside[0]}: {message}" if inside else f"{place} {message}"
 
 
-def _keys(model: type[BaseModel], section: list[str]) -> list[str]:
-    fields: dict[str, Any] = dict(model.model_fields)
-    if section:
-        kind = fields[section[0]].annotation
-        fields = dict(kind.model_fields) if kind is not None else {}
+def _place(where: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """(the table as one writes it, the way from there): "[run]", or "[[group]] 2" in a list."""
+    if len(where) > 1 and isinstance(where[1], int):
+        return f"[[{where[0]}]] {where[1] + 1}", [str(part) for part in where[2:]]
+    return f"[{where[0]}]", [str(part) for part in where[1:]]
+
+
+def _keys(model: type[Any], where: tuple[int | str, ...]) -> list[str]:
+    fields = _fields(model)
+    for part in where:
+        if isinstance(part, str):  # a number chooses among tables of one kind
+            fields = _fields(fields.get(part))
     return sorted(fields)
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Names and types of a model's or dataclass's fields, also within `tuple[...]` or `| None`."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    if is_dataclass(kind):
+        return get_type_hints(kind)
+    return next((found for inner in get_args(kind) if (found := _fields(inner))), {})
