@@ -22,6 +22,10 @@ from profiles.model import ModelError
 from protos.contract import Precision
 
 QUANTISED: tuple[Precision, ...] = ("nf4", "int8")
+FIRST_BF16_CARD = (8, 0)  # CUDA compute capability: Ampere; Jetsons from Orin on
+FIRST_FAST_FP16_CARD = (7, 0)  # Volta, Turing; Jetson Xavier
+
+log = logging.getLogger("sketchfleet.trainer")
 
 
 class BackboneError(ModelError):
@@ -60,6 +64,9 @@ class Backbone:
         if wanted:
             getattr(self.model, f"{word}_checkpointing_enable")({"use_reentrant": False})
             # The base is frozen, so a checkpointed layer would see no input that wants gradients.
+            # transformers 5 has done the same by now; a second hook would never be removed.
+            if "_require_grads_hook" in vars(self.model):
+                self.model.disable_input_require_grads()
             self.model.enable_input_require_grads()
         else:
             getattr(self.model, f"{word}_checkpointing_disable")()
@@ -72,25 +79,45 @@ def pick_device() -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32.
+    """bfloat16 where the hardware multiplies it, float16 on cards before that, else float32.
 
-    A processor without bf16 units emulates them 20 to 60 times slower than it does float32.
+    A processor without bf16 units emulates them 20 to 60 times slower than it does float32; cards
+    before Volta have float16 but multiply it slowly. Gradients through float16 are scaled
+    (`steps.make_scaler`).
     """
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        tell: Any = getattr(torch.cpu, "get_capabilities", dict)  # older torch cannot
-        can = tell()
-        fast = bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= FIRST_BF16_CARD:
+            return torch.bfloat16
+        return torch.float16 if capability >= FIRST_FAST_FP16_CARD else torch.float32
+    tell: Any = getattr(torch.cpu, "get_capabilities", dict)  # older torch cannot
+    can = tell()
+    fast = bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the flash-attn package can be used here.
+
+    Without it torch's own attention picks its kernels, flash among them when no row holds several
+    documents. The package also keeps those apart without a mask.
+    """
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    if torch.cuda.get_device_capability(device) < FIRST_BF16_CARD:  # its kernels begin there too
+        return False
+    tell: Any = transformers.utils  # untyped
+    return bool(tell.is_flash_attn_2_available())
 
 
 def load_base(folder: Path, precision: Precision, device: torch.device) -> Backbone:
     """Loads the model and tokenizer of `folder` onto `device`, frozen.
 
     "nf4" is 4-bit NormalFloat with double quantisation, "int8" is LLM.int8; the rest of such a
-    model, and the sums, are in the compute dtype. "bf16" on hardware without bf16 units is
-    upcast to float32 when loaded: same values, twice the memory. "fp32" computes in float32.
+    model, and the sums, are in the compute dtype. "bf16" on hardware without bf16 units is turned
+    into the compute dtype when loaded: float32 has the same values in twice the memory, float16
+    the same memory and a narrower range. "fp32" computes in float32. Attention is the flash-attn
+    package's where it can be used, else torch's, else the model's own.
 
     Raises `BackboneError` when the folder does not load, `OutOfMemoryError` when it does not fit,
     `MissingExtraError` without bitsandbytes.
@@ -125,6 +152,8 @@ def load_base(folder: Path, precision: Precision, device: torch.device) -> Backb
     model.eval()
     if precision in QUANTISED:
         _settle_quantised_layers(model, dtype)
+    if flash_attention(device, dtype):
+        _use_flash(model)
     return Backbone(model, tokenizer, dtype, device)
 
 
@@ -144,6 +173,14 @@ def _quantisation(precision: Precision, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _use_flash(model: Any) -> None:
+    """Switches the model's attention; one that has no such kernels stays as it was loaded."""
+    try:
+        model.set_attn_implementation("flash_attention_2")
+    except (ValueError, ImportError, AttributeError) as error:
+        log.info("no flash attention", extra={"why": str(error).splitlines()[0][:200]})
 
 
 def _settle_quantised_layers(model: Any, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from profiles.errors import SketchfleetError
 from profiles.model import ModuleShape
-from protos.packing import Parts
+from protos.layout import Parts
 
 
 class SliceError(SketchfleetError):

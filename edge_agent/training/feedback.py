@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from edge_agent.training.home import Rows
+from protos.codecs import Values
 from protos.contract import AdapterSpec, Assignment, Part
-from protos.packing import Parts, Values, pack, unpack
+from protos.layout import Parts
+from protos.packing import pack
+from protos.unpacking import unpack
 
 
 def pack_update(

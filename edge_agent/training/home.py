@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from profiles.errors import MissingExtraError, SketchfleetError
 from protos.contract import AdapterSpec
-from protos.packing import Parts
+from protos.layout import Parts
 from protos.transfer import write_durably
 
 VERSION = 1

@@ -6,7 +6,8 @@ a local round is `local_round`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,27 @@ def run_job(plain: Mapping[str, Any], bench: Workbench, emit: Emit) -> None:
     """
     match plain.get("job"):
         case "profile":
-            emit(run_profile(from_plain(ProfileJob, plain), bench))
+            profile = from_plain(ProfileJob, plain)
+            with _room(bench, profile.memory_cap_bytes):
+                result = run_profile(profile, bench)
+            emit(result)
         case "train":
-            report = run_train(from_plain(TrainJob, plain), bench, emit)
+            train = from_plain(TrainJob, plain)
+            with _room(bench, train.memory_cap_bytes):
+                report = run_train(train, bench, emit)
             emit({"event": "result", "report": to_plain(report)})
         case other:
             raise JobError(f"job {other!r} is not known; agent and trainer differ in version")
+
+
+@contextmanager
+def _room(bench: Workbench, cap_bytes: int | None) -> Iterator[None]:
+    """Before a job: a base kept from one with a higher cap goes. After it: if memory is short."""
+    bench.make_room(cap_bytes)
+    try:
+        yield
+    finally:
+        bench.make_room(cap_bytes)
 
 
 def run_profile(job: ProfileJob, bench: Workbench) -> dict[str, Any]:

@@ -17,10 +17,32 @@ import torch
 from profiles.device import GpuProfile
 from profiles.errors import SketchfleetError
 
-# Torch on Tegra reports an exhausted allocator through this assert (pytorch issue 185240).
-NVML_ASSERT = "NVML_SUCCESS == r"
+# What is raised when memory ran out, and what it says beyond that; the first that fits is told.
+SYMPTOMS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("NvMapMemAlloc",),
+        "the Jetson's memory map is fragmented, which outlives processes even with memory free: "
+        "reboot the device, or drop the page cache as root",
+    ),
+    (
+        ("CUDA driver error: out of memory",),
+        "on a Jetson this comes from expandable_segments in PYTORCH_CUDA_ALLOC_CONF or "
+        "PYTORCH_ALLOC_CONF: remove it there",
+    ),
+    (
+        ("NVML_SUCCESS == r", "INTERNAL ASSERT"),
+        "torch before 2.15 tells it this way on a Jetson; nothing is broken",
+    ),
+    (("out of memory",), ""),
+    (("CUBLAS_STATUS_ALLOC_FAILED",), ""),
+    (("can't allocate memory",), ""),  # torch's allocator on the processor
+)
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+# What is left to the rest of the machine, as `DeviceProfile.trainer_bytes` plans it.
+CARD_RESERVE_BYTES = int(0.3 * 2**30)
+HOST_RESERVE_BYTES = 2**29
+HOST_RESERVE_SHARE = 0.08
 
 
 class OutOfMemoryError(SketchfleetError):
@@ -31,20 +53,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any library means that memory ran out."""
     if isinstance(error, (OutOfMemoryError, MemoryError, torch.OutOfMemoryError)):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error)
-    # "can't allocate memory" is what torch's CPU allocator says.
-    return (
-        "out of memory" in text.lower()
-        or "can't allocate memory" in text
-        or (NVML_ASSERT in text and "INTERNAL ASSERT" in text)
-    )
+    return isinstance(error, RuntimeError) and _symptom(error) is not None
+
+
+def what_it_means(error: BaseException) -> str:
+    """What an error of `is_out_of_memory` says beyond that, with the remedy; "" when nothing."""
+    return _symptom(error) or ""
+
+
+def _symptom(error: BaseException) -> str | None:
+    text = str(error).lower()
+    found = (told for parts, told in SYMPTOMS if all(part.lower() in text for part in parts))
+    return next(found, None)
 
 
 def resident_bytes() -> int:
     """Resident memory of this process now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def used_bytes(device: torch.device) -> int:
+    """What others cannot have: resident bytes, or on a card what its allocator holds, or both."""
+    if device.type != "cuda":
+        return resident_bytes()
+    card = int(torch.cuda.memory_reserved(device))
+    return card + resident_bytes() if _shares_memory(device) else card
 
 
 def gigabytes(size_bytes: int) -> str:
@@ -79,20 +112,26 @@ class MemoryWatch:
 
     def check(self) -> None:
         """Raises `OutOfMemoryError` when the process holds more than the cap now."""
-        used = self._used_bytes()
+        used = self.used_bytes
         if self._cap_bytes is not None and used > self._cap_bytes:
             raise OutOfMemoryError(
                 f"the trainer holds {gigabytes(used)}, more than the {gigabytes(self._cap_bytes)} "
                 "its owner allows; raise the cap or let the coordinator plan a smaller task"
             )
 
-    def _used_bytes(self) -> int:
-        host = resident_bytes()
-        self._highest_sample = max(self._highest_sample, host)
+    @property
+    def held_bytes(self) -> int:
+        """Now, counted as `peak_bytes` is."""
         if self._device.type != "cuda":
-            return host
-        card = int(torch.cuda.memory_reserved(self._device))
-        return card + host if _shares_memory(self._device) else card
+            return resident_bytes()
+        card = int(torch.cuda.memory_allocated(self._device))
+        return card + resident_bytes() if _shares_memory(self._device) else card
+
+    @property
+    def used_bytes(self) -> int:
+        """Now, with what the allocator keeps for later: what others cannot have."""
+        self._highest_sample = max(self._highest_sample, resident_bytes())
+        return used_bytes(self._device)
 
     def _host_peak_bytes(self) -> int:
         self._highest_sample = max(self._highest_sample, resident_bytes())
@@ -110,6 +149,14 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def is_tight(device: torch.device) -> bool:
+    """Whether so little memory is left that what is only kept for later had better go."""
+    if device.type == "cuda" and not _shares_memory(device):
+        return int(torch.cuda.mem_get_info(device)[0]) < CARD_RESERVE_BYTES
+    host = psutil.virtual_memory()
+    return bool(host.available < max(HOST_RESERVE_BYTES, HOST_RESERVE_SHARE * host.total))
 
 
 def gpu_facts(device: torch.device) -> GpuProfile | None:

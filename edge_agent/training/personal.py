@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from edge_agent.training.home import Home, HomeError, load_home
 from profiles.errors import MissingExtraError
 from profiles.model import base_tensor, resolve_base
+from protos.codecs import Values
 from protos.contract import AdapterSpec
-from protos.packing import Parts, Values
+from protos.layout import Parts
 from protos.peft_config import adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"

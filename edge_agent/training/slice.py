@@ -18,8 +18,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from edge_agent.training.branches import DenseDelta, SliceError, adapted_layer, dense_deltas
+from protos.codecs import Values
 from protos.contract import AdapterSpec, Part
-from protos.packing import Parts, Values
+from protos.layout import Parts
 
 ADAPTER = "default"
 PREFIX = "base_model.model."

@@ -12,9 +12,11 @@ import numpy as np
 
 from edge_agent.training.branches import SliceError
 from edge_agent.training.home import Home
+from protos.codecs import Values
 from protos.contract import AdapterSpec, Assignment, BlobRef, Part
-from protos.packing import Parts, Values, unpack
+from protos.layout import Parts
 from protos.sketch import initial_down
+from protos.unpacking import unpack
 
 
 def read_files(

@@ -5,10 +5,11 @@ Knows facts and whether they fit together. It opens no file.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.training.workbench import DataSelection
+from edge_agent.training.connectors import DataSelection
 from profiles.errors import SketchfleetError
 from protos.contract import AdapterSpec, Assignment
 
@@ -34,6 +35,14 @@ class TrainJob:
     home_out: Path | None = None  # where what it keeps now goes, if there is anything
     personal_weight: float = 0.0  # Ditto's lambda; 0: the device trains no adapter of its own
     memory_cap_bytes: int | None = None
+    checkpoint_path: Path | None = None  # where the round is kept while it trains; removed after
+    control_path: Path | None = None  # what holds it up (`pace`); need not exist
+
+    @property
+    def key(self) -> str:
+        """Of the round: what is trained, from what, and how. Only the same may be resumed."""
+        facts = (self.assignment.digest.hex(), self.spec.digest.hex(), repr(self.personal_weight))
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def require_consistent(job: TrainJob) -> None:

@@ -72,16 +72,15 @@ def describe(error: BaseException) -> dict[str, str]:
     quote local code or paths, and the event travels; standard error keeps the traceback.
     """
     from edge_agent.training.branches import SliceError
-    from edge_agent.training.corpus import CorpusError
-    from edge_agent.training.memory import is_out_of_memory
+    from edge_agent.training.documents import CorpusError
+    from edge_agent.training.memory import is_out_of_memory, what_it_means
     from edge_agent.training.workbench import BaseMismatchError, NoDataError
 
     if is_out_of_memory(error):
-        told = isinstance(error, SketchfleetError)
-        return _error_event(
-            "out_of_memory",
-            str(error) if told else "memory ran out during the job; a smaller task may fit",
-        )
+        if isinstance(error, SketchfleetError):
+            return _error_event("out_of_memory", str(error))
+        meant = what_it_means(error) or "a smaller task may fit"
+        return _error_event("out_of_memory", f"memory ran out during the job; {meant}")
     if not isinstance(error, SketchfleetError):
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119

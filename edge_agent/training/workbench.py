@@ -10,13 +10,14 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from edge_agent.training.backbone import Backbone, load_base, pick_device
-from edge_agent.training.corpus import scan, tokenise
-from edge_agent.training.memory import give_back, resident_bytes
+from edge_agent.training.connectors import DataSelection, collect
+from edge_agent.training.fill_in_middle import FillInMiddle, middle_tokens
+from edge_agent.training.memory import give_back, is_tight, resident_bytes, used_bytes
+from edge_agent.training.row_packing import pack_documents
+from edge_agent.training.rows import Rows
 from profiles.errors import SketchfleetError
 from profiles.model import base_digest
 from protos.contract import AdapterSpec, Precision
@@ -33,21 +34,11 @@ class NoDataError(SketchfleetError):
 
 
 @dataclass(frozen=True)
-class DataSelection:
-    """Which local files count as this device's code (`corpus.scan`)."""
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
-    max_files: int | None = None
-
-
-@dataclass(frozen=True)
 class LocalRows:
-    """Packed tokens of the two splits, each (sequences, sequence_tokens) int64."""
+    """The two splits in rows of the same length; `main_language` is "" when none is known."""
 
-    train: NDArray[np.int64]
-    held_out: NDArray[np.int64]
+    train: Rows
+    held_out: Rows
     main_language: str
 
     def require(self, trains: bool) -> None:
@@ -55,8 +46,8 @@ class LocalRows:
         for rows, kind in ((self.held_out, "held-out"), (self.train, "training")):
             if len(rows) == 0 and (trains or rows is self.held_out):
                 raise NoDataError(
-                    f"{kind} code is shorter than one sequence of {rows.shape[1]} tokens; "
-                    "add code under [data] include"
+                    f"there is no {kind} code, but {len(self.train) + len(self.held_out)} "
+                    f"sequences of {rows.length} tokens in all; add code under [data]"
                 )
 
 
@@ -72,7 +63,7 @@ class Workbench:
         self.baseline_bytes = resident_bytes()  # before any base is loaded
         self._base: tuple[tuple[Path, Precision], Backbone] | None = None
         self._digests: dict[Path, str] = {}
-        self._rows: dict[tuple[Path, DataSelection, int, float], LocalRows] = {}
+        self._rows: dict[tuple[object, ...], LocalRows] = {}
 
     def base(self, folder: Path, precision: Precision, spec: AdapterSpec) -> Backbone:
         """The base of the run, loaded now or kept from the last job.
@@ -91,6 +82,20 @@ class Workbench:
         self._base = (key, load_base(folder, precision, self.device))
         return self._base[1]
 
+    def make_room(self, cap_bytes: int | None) -> None:
+        """Lets go of the base when keeping it would cost others memory.
+
+        That is when this process holds more than `cap_bytes`, the owner's, or when the machine is
+        short of memory. The next job loads it again.
+        """
+        if self._base is None:
+            return
+        used = used_bytes(self.device)
+        if (cap_bytes is not None and used > cap_bytes) or is_tight(self.device):
+            log.info("the base is let go", extra={"used_bytes": used, "cap_bytes": cap_bytes})
+            self._base = None
+            give_back()
+
     def rows(
         self,
         folder: Path,
@@ -98,26 +103,24 @@ class Workbench:
         data: DataSelection,
         sequence_tokens: int,
         held_out_share: float,
+        fill_in_middle: float = 0.0,
+        seed: int = 0,
     ) -> LocalRows:
         """The local code in the tokens of the base in `folder`.
 
-        Raises `CorpusError` when the selection holds no code.
+        fill_in_middle: share of the training documents that are rearranged, chosen and cut by
+        `seed`; give one seed for a run, since another is another set of rows. Raises `CorpusError`
+        when the selection holds no code.
         """
-        key = (folder, data, sequence_tokens, held_out_share)
+        key = (folder, data, sequence_tokens, held_out_share, fill_in_middle, seed)
         if key not in self._rows:
             self._rows.clear()  # one run at a time; the rows of another may be large
-            corpus = scan(
-                data.include,
-                exclude=data.exclude,
-                languages=data.languages,
-                held_out_share=held_out_share,
-                max_files=data.max_files,
-            )
+            corpus = collect(data, held_out_share)
             log.info("corpus", extra=asdict(corpus.summary))  # counts, no names
-            train, held_out = (
-                tokenise(corpus.of(split), base.encode, base.separator_id, sequence_tokens)
-                for split in ("train", "held_out")
-            )
+            middle = _fill_in_middle(base, fill_in_middle, seed)
+            how = (base.encode, base.separator_id, sequence_tokens)
+            train = pack_documents(corpus.of("train"), *how, middle)
+            held_out = pack_documents(corpus.of("held_out"), *how)
             self._rows[key] = LocalRows(train, held_out, corpus.summary.main_language)
         return self._rows[key]
 
@@ -129,3 +132,14 @@ class Workbench:
                 f"the base model in {folder} has digest {self._digests[folder][:12]}, the run uses "
                 f"{spec.base} with {spec.base_digest[:12]}; point [model] base at the run's base"
             )
+
+
+def _fill_in_middle(base: Backbone, share: float, seed: int) -> FillInMiddle | None:
+    """How training text is rearranged; None when it is not asked for or the base cannot."""
+    if share <= 0:
+        return None
+    tokens = middle_tokens(base.tokenizer)
+    if tokens is None:
+        log.info("fill in the middle is off: the tokenizer of this base has no tokens for it")
+        return None
+    return FillInMiddle(tokens, share, seed)

@@ -24,7 +24,9 @@ from protos.contract import (
     from_plain,
     to_plain,
 )
-from protos.packing import Parts, pack, unpack
+from protos.layout import Parts
+from protos.packing import pack
+from protos.unpacking import unpack
 
 K = 2
 NORM = ModuleShape("model.norm.weight", 1, 64)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from edge_agent.training.batches import whole_rows
+from edge_agent.training.connectors import DataSelection
 from edge_agent.training.home import load_home
+from edge_agent.training.moments import read_moments, restore_moments
+from edge_agent.training.optimizers import make_optimizer
 from edge_agent.training.slice import attached, read_parts, write_parts
-from edge_agent.training.steps import make_optimizer, train_steps
-from edge_agent.training.workbench import DataSelection, Workbench
+from edge_agent.training.steps import train_step, train_steps
+from edge_agent.training.workbench import Workbench
 from protos.contract import (
     AdapterSpec,
     Assignment,
     Payload,
 )
-from protos.packing import Parts
+from protos.layout import Parts
 from protos.sketch import slice_rows
 from tests.edge_agent.training.rounds import (
     ALL,
+    HEAD,
     NORM,
     Device,
     K,
@@ -102,15 +109,16 @@ def uninterrupted(
         write_parts(model, make_adapter(spec, task.rank))
         optimizer = make_optimizer(task.optimizer, model, task.learning_rate)
         for round_ in range(rounds):
-            train_steps(model, optimizer, rows, replace(task, seed=round_), lambda *_: None)
+            train_steps(model, optimizer, rows, replace(task, seed=round_), lambda _: None)
         return read_parts(model)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("keeps_state", [True, False])
 def test_two_rounds_with_kept_moments_are_one_training(
-    device: Device, bench: Workbench, spec: AdapterSpec, keeps_state: bool
+    device: Device, bench: Workbench, spec: AdapterSpec, keeps_state: bool, optimizer: str
 ) -> None:
-    task = make_assignment(local_steps=5, keeps_state=keeps_state)
+    task = make_assignment(local_steps=5, keeps_state=keeps_state, optimizer=optimizer)
     adapter = make_adapter(spec, K)
     for round_ in range(2):
         _, sent = device.round(spec, replace(task, seed=round_), adapter)
@@ -122,6 +130,48 @@ def test_two_rounds_with_kept_moments_are_one_training(
         assert apart < 1e-5
     else:
         assert apart > 1e-2, "a fresh optimiser takes other steps"
+
+
+def test_eight_bit_moments_go_home_and_come_back(
+    bench: Workbench, base_folder: Path, spec: AdapterSpec
+) -> None:
+    """Of the output head, which is large enough to be held in 8 bits, and of small parts."""
+    base, whole = bench.base(base_folder, "fp32", spec), replace(spec, dense=(HEAD,))
+    rows = whole_rows(np.random.default_rng(0).integers(0, 250, (2, 24), dtype=np.int64))
+    with attached(base.model, whole, 2, alpha=16.0, trained=("up", "down", "dense")) as model:
+        write_parts(model, make_adapter(whole, 2, parts=("up", "down", "dense")))
+
+        def make() -> torch.optim.Optimizer:
+            return make_optimizer("adamw8bit", model, 1e-2)
+
+        optimizer = make()
+        for _ in range(3):
+            train_step(model.train(), optimizer, [rows])
+        kept, weights = read_moments(model, optimizer), read_parts(model)
+        assert kept.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert float(kept["step"][HEAD.name]["dense"]) == 3
+        held = {p: optimizer.state[p] for p in optimizer.state}
+        assert {s["state1"].dtype for s in held.values()} == {torch.uint8, torch.float32}
+        again = make()
+        restore_moments(model, again, kept)
+        for weight, state in held.items():
+            assert again.state[weight].keys() == state.keys()
+            assert again.state[weight]["step"] == state["step"]
+        back = read_moments(model, again)
+        for kind, found in kept.items():
+            for name, parts in found.items():
+                for part, values in parts.items():
+                    apart = np.abs(back[kind][name][part] - values)
+                    assert apart.max() <= 0.01 * np.abs(values).max(), (kind, name, part)
+        train_step(model, optimizer, [rows])
+        want = read_parts(model)
+        write_parts(model, weights)
+        train_step(model, again, [rows])
+        assert moved(read_parts(model), want) < 0.01 * moved(weights, want)
+
+        wide = make_optimizer("adamw", model, 1e-2)
+        restore_moments(model, wide, kept)
+        assert_same(read_moments(model, wide)["exp_avg"], kept["exp_avg"])
 
 
 def test_moments_of_other_rows_are_not_used(device: Device, spec: AdapterSpec) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from edge_agent.training.backbone import load_base
+from edge_agent.training.batches import whole_rows
 from edge_agent.training.branches import DenseDelta, SliceError, dense_deltas, side_branch
 from edge_agent.training.loss import next_token_loss
+from edge_agent.training.optimizers import make_optimizer
 from edge_agent.training.slice import attached, read_parts, write_parts
-from edge_agent.training.steps import make_optimizer, train_step
+from edge_agent.training.steps import train_step
 from edge_agent.training.workbench import Workbench
 from profiles.model import ModuleShape
 from protos.contract import AdapterSpec
@@ -60,7 +62,7 @@ def gradients(model, spec: AdapterSpec, adapter) -> list[tuple[str, torch.Tensor
     with attached(model, spec, 2, alpha=16.0) as peft_model:
         write_parts(peft_model, adapter)
         peft_model.train()
-        loss = next_token_loss(peft_model, ROWS)
+        loss = next_token_loss(peft_model, whole_rows(ROWS.numpy()))
         loss.backward()
         trained = [(n, p.grad) for n, p in peft_model.named_parameters() if p.requires_grad]
     return [("loss", loss.detach()), *trained]
@@ -148,7 +150,7 @@ def test_a_difference_trains_as_the_tensor_itself_would(base, spec: AdapterSpec,
     started = owner.weight.detach().clone()
     optimizer = make_optimizer("sgd", reference, lr)
     for _ in range(steps):
-        train_step(reference.train(), optimizer, ROWS[None])
+        train_step(reference.train(), optimizer, [whole_rows(ROWS.numpy())])
 
     whole = replace(spec, dense=(tensor,))
     nothing = {
@@ -161,7 +163,7 @@ def test_a_difference_trains_as_the_tensor_itself_would(base, spec: AdapterSpec,
         assert len(trained) == 1 and tensor.name.split(".")[-2] in trained[0]
         optimizer = make_optimizer("sgd", model, lr)
         for _ in range(steps):
-            train_step(model.train(), optimizer, ROWS[None])
+            train_step(model.train(), optimizer, [whole_rows(ROWS.numpy())])
         delta = read_parts(model)[tensor.name]["dense"]
     want = (owner.weight.detach() - started).reshape(delta.shape)
     assert want.abs().max() > 1e-3
@@ -180,7 +182,7 @@ def test_the_base_is_bit_for_bit_what_it_was_after_tensors_were_trained(
         try:
             with attached(base.model, whole, 2, alpha=16.0, trained=("dense",)) as model:
                 optimizer = make_optimizer("sgd", model, 1.0)
-                train_step(model.train(), optimizer, ROWS[None])
+                train_step(model.train(), optimizer, [whole_rows(ROWS.numpy())])
                 if error is not None:
                     raise error
         except MemoryError:

@@ -1,25 +1,14 @@
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edge_agent.training import corpus as corpus_module
-from edge_agent.training.corpus import (
-    NEVER_ENTERED,
-    CorpusError,
-    detect_language,
-    first_source,
-    pack,
-    scan,
-    split_of,
-    tokenise,
-)
-
-
-def encode(texts: list[str]) -> list[list[int]]:
-    return [list(t.encode()) for t in texts]
+from edge_agent.training.connectors import DataSelection, collect, first_document
+from edge_agent.training.corpus import NEVER_ENTERED, detect_language, scan
+from edge_agent.training.documents import CorpusError, split_of
 
 
 def test_copies_secrets_and_binaries_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -44,7 +33,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.Monke
     with socket.socket(socket.AF_UNIX) as end:
         end.bind("socket.py")
         corpus = scan([str(tmp_path)])
-    assert [f.path.name for f in corpus.files] == ["a.py"]
+    assert [Path(f.origin).name for f in corpus.files] == ["a.py"]
     assert corpus.skipped == {"not a file": 4}
 
 
@@ -52,7 +41,7 @@ def test_folders_of_tools_and_packages_are_not_entered(tmp_path: Path) -> None:
     for name in (*NEVER_ENTERED, ".mine", "vendor"):
         (tmp_path / "code" / name).mkdir(parents=True)
         (tmp_path / "code" / name / "a.py").write_text(f"where = {name!r}\n")
-    inside = {f.path.parent.name for f in scan([str(tmp_path)]).files}
+    inside = {Path(f.origin).parent.name for f in scan([str(tmp_path)]).files}
     assert inside == {".mine", "vendor"}
     named = scan([str(tmp_path / "code" / "venv")])
     assert len(named.files) == 1, "what the owner names is what the owner means"
@@ -84,7 +73,7 @@ def test_a_subfolder_that_the_system_refuses_is_counted(
     assert scan([str(tmp_path)]).skipped == {"unreadable folder": 1}
 
 
-def test_the_first_source_is_found_without_reading_the_rest(
+def test_the_first_document_is_found_without_reading_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.py").write_bytes(b"\0")
@@ -95,21 +84,22 @@ def test_the_first_source_is_found_without_reading_the_rest(
     monkeypatch.setattr(
         corpus_module, "_read", lambda path, most: read.append(path.name) or reader(path, most)
     )
-    assert first_source([str(tmp_path)]).text == "b = 1\n"
+    data = DataSelection((str(tmp_path),))
+    assert first_document(data).text == "b = 1\n"
     assert read == ["a.py", "b.py"]
-    assert first_source([str(tmp_path)], exclude=["*/b.py"]).text == "c = 1\n"
+    assert first_document(replace(data, exclude=("*/b.py",))).text == "c = 1\n"
 
 
-def test_the_first_source_and_a_scan_say_the_same_when_there_is_none(
+def test_the_first_document_and_all_say_the_same_when_there_is_none(
     tmp_path: Path, code_folder: Path
 ) -> None:
-    cases = [([str(tmp_path)], []), ([str(tmp_path / "none")], []), ([str(code_folder)], ["rust"])]
-    for include, languages in cases:
-        with pytest.raises(CorpusError) as by_scan:
-            scan(include, languages=languages)
+    for folder, languages in ((tmp_path, ()), (tmp_path / "none", ()), (code_folder, ("rust",))):
+        data = DataSelection((str(folder),), languages=languages)
+        with pytest.raises(CorpusError, match=str(folder)) as by_all:
+            collect(data, 0.1)
         with pytest.raises(CorpusError) as by_first:
-            first_source(include, languages=languages)
-        assert str(by_first.value) == str(by_scan.value)
+            first_document(data)
+        assert str(by_first.value) == str(by_all.value)
 
 
 def test_a_file_keeps_its_split_wherever_it_lies(tmp_path: Path, code_folder: Path) -> None:
@@ -157,16 +147,3 @@ def test_scripts_are_known_by_their_first_line() -> None:
     assert detect_language(Path("tool"), "#!/usr/bin/env python3.11\n") == "python"
     assert detect_language(Path("tool"), "#!/bin/sh -e\n") == "shell"
     assert detect_language(Path("tool"), "hello") is None
-
-
-def test_rows_are_the_stream_cut_and_the_tail_dropped() -> None:
-    rows = pack([[1, 2, 3], [4, 5]], separator_id=0, sequence_tokens=3)
-    np.testing.assert_array_equal(rows, [[0, 1, 2], [3, 0, 4]])
-    assert pack([], 0, 4).shape == (0, 4)
-
-
-def test_tokenise_stops_at_the_sequences_asked_for(code_folder: Path) -> None:
-    files = scan([str(code_folder)]).files
-    rows = tokenise(files, encode, 0, 16, max_sequences=3)
-    assert rows.shape == (3, 16)
-    np.testing.assert_array_equal(rows, tokenise(files, encode, 0, 16)[:3])

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from edge_agent.training.backbone import load_base
+from edge_agent.training.batches import whole_rows
 from edge_agent.training.evaluation import evaluate, spread
 from edge_agent.training.loss import CHUNK_TOKENS, next_token_loss
+from edge_agent.training.rows import Rows
 from edge_agent.training.slice import attached
 from edge_agent.training.workbench import Workbench
 from protos.contract import AdapterSpec
@@ -17,16 +19,18 @@ def base(bench: Workbench, base_folder: Path, spec: AdapterSpec):
     return bench.base(base_folder, "fp32", spec)
 
 
-def make_rows(sequences: int, tokens: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 250, size=(sequences, tokens), dtype=np.int64)
+def make_rows(sequences: int, tokens: int) -> Rows:
+    drawn = np.random.default_rng(0).integers(0, 250, size=(sequences, tokens), dtype=np.int64)
+    return whole_rows(drawn)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 40), (3, 200)])
 def test_the_chunked_loss_is_the_stock_loss(base, spec: AdapterSpec, shape) -> None:
-    rows = torch.from_numpy(make_rows(*shape))
+    rows = make_rows(*shape)
+    whole = torch.from_numpy(rows.tokens)
     with attached(base.model, spec, 2, alpha=spec.alpha) as model:
         model.train()
-        stock = model(input_ids=rows, labels=rows).loss
+        stock = model(input_ids=whole, labels=whole).loss
         stock.backward()
         wanted = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         model.zero_grad()
@@ -39,7 +43,7 @@ def test_the_chunked_loss_is_the_stock_loss(base, spec: AdapterSpec, shape) -> N
 
 
 def test_checkpointed_layers_give_the_same_gradients(base, spec: AdapterSpec) -> None:
-    rows = torch.from_numpy(make_rows(2, 64))
+    rows = make_rows(2, 64)
     grads = []
     with attached(base.model, spec, 2, alpha=spec.alpha) as model:
         for checkpointing in (False, True, False):
@@ -55,7 +59,7 @@ def test_checkpointed_layers_give_the_same_gradients(base, spec: AdapterSpec) ->
 
 def test_evaluation_equals_the_stock_loss_and_counts_right_tokens(base) -> None:
     rows = make_rows(5, 2 * CHUNK_TOKENS // 3)
-    whole = torch.from_numpy(rows)
+    whole = torch.from_numpy(rows.tokens)
     with torch.no_grad():
         logits = base.model(input_ids=whole).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
@@ -63,7 +67,7 @@ def test_evaluation_equals_the_stock_loss_and_counts_right_tokens(base) -> None:
         )
         right = (logits.argmax(-1) == whole[:, 1:]).float().mean()
     got = evaluate(base.model, rows, micro_batch=2)
-    assert got.tokens == 5 * (rows.shape[1] - 1)
+    assert got.tokens == 5 * (rows.length - 1)
     assert got.loss == pytest.approx(float(loss), rel=1e-5)
     assert got.token_accuracy == pytest.approx(float(right), abs=1e-6)
 
@@ -90,7 +94,7 @@ def test_gradients_on_a_quantised_base_are_the_same_after_an_evaluation(
         for _ in range(2):
             model.train()
             model.zero_grad()
-            next_token_loss(model, torch.from_numpy(rows)).backward()
+            next_token_loss(model, rows).backward()
             grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
             evaluate(model, rows, 2)
     for before, after in zip(*grads, strict=True):
@@ -99,12 +103,12 @@ def test_gradients_on_a_quantised_base_are_the_same_after_an_evaluation(
 
 def test_nothing_to_predict_is_refused(base) -> None:
     with pytest.raises(ValueError, match="no held-out"):
-        evaluate(base.model, np.empty((0, 8), dtype=np.int64), 1)
+        evaluate(base.model, whole_rows(np.empty((0, 8), dtype=np.int64)), 1)
 
 
 def test_spread_takes_rows_from_end_to_end() -> None:
-    rows = np.arange(20).reshape(10, 2)
-    assert spread(rows, 3)[:, 0].tolist() == [0, 8, 18]
+    rows = whole_rows(np.arange(20).reshape(10, 2))
+    assert spread(rows, 3).tokens[:, 0].tolist() == [0, 8, 18]
     assert len(spread(rows, 99)) == 10
 
 

@@ -10,20 +10,22 @@ import pytest
 import torch
 
 from edge_agent.training import steps
+from edge_agent.training.batches import whole_rows
 from edge_agent.training.local_objective import (
     kept_rows,
     proportionally_fair,
     pull,
     tail_product,
 )
+from edge_agent.training.optimizers import make_optimizer
 from edge_agent.training.slice import attached, parameters, write_parts
-from edge_agent.training.steps import make_optimizer, train_step
+from edge_agent.training.steps import train_step
 from edge_agent.training.workbench import Workbench
 from protos.contract import AdapterSpec, Objective, Pruning
 from tests.edge_agent.training.rounds import make_adapter
 
 FAIR = Objective(ceiling=5.0, margin=0.5)
-ROWS = torch.arange(48).reshape(2, 24)
+ROWS = [whole_rows(np.arange(48).reshape(2, 24))]
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_a_fair_step_reports_the_plain_loss_and_scales_the_gradient(
         with attached(model, spec, 2, alpha=16.0) as peft_model:
             write_parts(peft_model, make_adapter(spec, 2))
             optimizer = make_optimizer("sgd", peft_model, 0.0)
-            losses.append(train_step(peft_model.train(), optimizer, ROWS[None], objective))
+            losses.append(train_step(peft_model.train(), optimizer, ROWS, objective))
             trained = [p for p in peft_model.parameters() if p.requires_grad]
             grads.append(torch.cat([p.grad.ravel() for p in trained]))
     assert losses[0] == losses[1]
@@ -124,7 +126,7 @@ def test_ditto_steps_by_the_gradient_and_the_pull(
             term = pull(peft_model, term_weight)
             write_parts(peft_model, own)
             optimizer = make_optimizer("sgd", peft_model, eta)
-            train_step(peft_model.train(), optimizer, ROWS[None], term=term)
+            train_step(peft_model.train(), optimizer, ROWS, term=term)
             return {n: p["up"].detach().clone() for n, p in parameters(peft_model).items()}
 
     plain, pulled = trained(0.0), trained(weight)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from edge_agent.training.backbone import load_base
+from edge_agent.training.batches import whole_rows
+from edge_agent.training.optimizers import make_optimizer
 from edge_agent.training.slice import attached, read_parts, write_parts
-from edge_agent.training.steps import make_optimizer, train_steps
+from edge_agent.training.steps import train_steps
 from edge_agent.training.workbench import Workbench
 from protos.contract import (
     AdapterSpec,
@@ -23,8 +25,9 @@ from protos.contract import (
     from_plain,
     to_plain,
 )
-from protos.packing import Parts, unpack
+from protos.layout import Parts
 from protos.sketch import initial_down
+from protos.unpacking import unpack
 from tests.edge_agent.training.rounds import (
     ALL,
     HEAD,
@@ -344,7 +347,7 @@ def test_a_base_in_bfloat16_keeps_small_steps_of_whole_tensors(
     base = load_base(base_folder, "fp32", torch.device("cpu"))
     base.model.to(torch.bfloat16)
     whole = replace(spec, dense=(NORM,))
-    rows = np.random.default_rng(0).integers(0, 250, (8, 24), dtype=np.int64)
+    rows = whole_rows(np.random.default_rng(0).integers(0, 250, (8, 24), dtype=np.int64))
     task = make_assignment(learning_rate=1e-4, sequence_tokens=24)
     with attached(base.model, whole, 2, alpha=16.0, trained=("dense",)) as model:
         write_parts(model, make_adapter(whole, 2, parts=("up", "down", "dense")))

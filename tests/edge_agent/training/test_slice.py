@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from edge_agent.training.backbone import BackboneError, compute_dtype, load_base
+from edge_agent.training.batches import whole_rows
 from edge_agent.training.branches import SliceError
+from edge_agent.training.optimizers import make_optimizer
 from edge_agent.training.slice import (
     attached,
     read_parts,
@@ -14,11 +16,11 @@ from edge_agent.training.slice import (
     trained_parameters,
     write_parts,
 )
-from edge_agent.training.steps import make_optimizer, train_step
+from edge_agent.training.steps import train_step
 from edge_agent.training.workbench import Workbench
 from profiles.model import ModuleShape
 from protos.contract import AdapterSpec
-from protos.packing import Parts
+from protos.layout import Parts
 from tests.edge_agent.training.rounds import make_adapter
 
 ROWS = torch.arange(24).reshape(2, 12)
@@ -107,7 +109,7 @@ def test_only_the_trained_parts_move_and_only_they_are_in_the_optimiser(
         held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         assert held == trained_parameters(peft_model)
         assert held == sum(adapter[m.name][p].size for m in spec.modules for p in trained)
-        train_step(peft_model.train(), optimizer, ROWS[None])
+        train_step(peft_model.train(), optimizer, [whole_rows(ROWS.numpy())])
         found = read_parts(peft_model)
     for name, parts in found.items():
         for part, values in parts.items():

@@ -1,0 +1,38 @@
+"""Token sequences of fixed length that hold pieces of documents: what is trained and measured on.
+
+Knows arrays only: neither where documents came from (`corpus`) nor what is done with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """n sequences of t tokens.
+
+    tokens: (n, t) int64. document: (n, t) int32, which document of its row a token belongs to,
+    counted from 0 and never falling along a row; positions start anew and attention stops where it
+    rises. counted: (n, t) bool, whether predicting this token counts in the loss (not of prompts
+    nor padding; never the first token of a document, which nothing before it predicts).
+    """
+
+    tokens: NDArray[np.int64]
+    document: NDArray[np.int32]
+    counted: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, t."""
+        return int(self.tokens.shape[1])
+
+    def take(self, which: NDArray[np.int64] | slice) -> Rows:
+        """These sequences, in this order."""
+        return Rows(self.tokens[which], self.document[which], self.counted[which])
