@@ -10,28 +10,34 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import math
-import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edge_agent.activity import Activity
+from edge_agent.bases import Bases
 from edge_agent.config import AgentConfig
+from edge_agent.failures import OWNER_MUST_ACT, BudgetError, failed
 from edge_agent.journal import Entry, Journal
 from edge_agent.link import Link, LinkError, RefusedError
+from edge_agent.machine import Machine
 from edge_agent.membership import Membership
-from edge_agent.probe import probe
+from edge_agent.network import DailyBudget
+from edge_agent.policy import FREE, decide
+from edge_agent.profiler import Profiler
+from edge_agent.readings import Sensors
+from edge_agent.status import StatusFile
 from edge_agent.trainer_process import TrainerError, TrainerProcess
-from edge_agent.training.corpus import first_source
-from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
+from edge_agent.training.connectors import require_usable
+from edge_agent.watch import RoundWatch
 from profiles.errors import SketchfleetError
-from profiles.link import LinkProfile
-from profiles.model import ModelError, base_digest, resolve_base
+from profiles.model import ModelError
 from protos.contract import (
     AdapterSpec,
     Assignment,
@@ -43,39 +49,25 @@ from protos.contract import (
     from_plain,
     to_plain,
 )
+from protos.layout import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 
 log = logging.getLogger("sketchfleet.agent")
 
 POLL_S = 45.0
 HEARTBEAT_S = 20.0
-RETRY_S = 5.0
+AWAY_S = 30.0  # between two looks at whether the owner lets it work again
+CHECKPOINT = ".checkpoint"
 NEVER_WANTED = (Reason.TOO_LATE, Reason.UNKNOWN_ASSIGNMENT, Reason.EQUIVOCATION, Reason.WRONG_SIZE,
                 Reason.BAD_UPDATE)  # fmt: skip
 
 
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,190}")  # ids and digests become file names here
 DIGEST = re.compile(r"[0-9a-f]{64}")
-OWNER_MUST_ACT = ("no_data", "base_mismatch")  # trying again next round would fail alike
 
 
 class AgentError(SketchfleetError):
     """The agent cannot go on until its owner acts."""
-
-
-def _told(outcome: str, assignment: Assignment) -> str:
-    """What the coordinator is told of a failure: never paths or text of this device."""
-    match outcome:
-        case "out_of_memory":
-            return (
-                f"training ran out of memory at {assignment.precision}, k={assignment.rank}, "
-                f"micro-batch {assignment.micro_batch} of {assignment.sequence_tokens} tokens"
-            )
-        case "no_data":
-            return "too little source code to train on and to hold out"
-        case "base_mismatch":
-            return "its base model is not the run's"
-    return "the trainer failed; the log on the device says why"
 
 
 def version() -> str:
@@ -86,22 +78,43 @@ def version() -> str:
         return "0"
 
 
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Ends what ran beside the training; a defect in it is told, and costs no round."""
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            log.error("watching the round failed", exc_info=ended)
+
+
 class Agent:
     """One device."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, machine: Machine | None = None) -> None:
         self.config = config
         self.folder = config.state.folder
+        if not self.folder.exists():
+            with contextlib.suppress(OSError):  # the journal says what is wrong with it
+                self.folder.mkdir(mode=0o700, parents=True)  # it will hold the credential
         self.journal = Journal(self.folder)
         self.link = Link(config.coordinator.address)
         self.fleet = Membership(config, self.link, version())
         self.trainer = TrainerProcess(
             config.trainer.python, config.limits.threads, self.folder / "trainer.log"
         )
-        self._profile: DeviceProfile | None = None
-        self._profile_sent = False
+        self.bases = Bases(config.model.base)
+        self.status = StatusFile(self.folder)
+        daily_mb = config.network.daily_mb
+        self.budget = DailyBudget(
+            self.folder / "traffic.json", None if daily_mb is None else daily_mb * 10**6
+        )
+        machine = machine or Machine()
+        self.profiler = Profiler(
+            config, version(), self.link, self.fleet, self.bases, machine, self.budget
+        )
+        self.activity = Activity(Sensors(machine), config.policy.owner != "dedicated")
+        self._charged_bytes = 0
         self._over = False
-        self._checked: dict[str, Path] = {}
         for name in ("blobs", "work"):
             (self.folder / name).mkdir(exist_ok=True)
 
@@ -109,28 +122,28 @@ class Agent:
         """Works until the run is finished. Raises `SketchfleetError` when it cannot."""
         self.status("starting")
         self.journal.sweep()
-        self._clear("work")
-        data = self.config.data
-        await asyncio.to_thread(
-            first_source, data.include, exclude=data.exclude, languages=data.languages
-        )
+        self._clear("work", but=self._checkpoints())
+        await asyncio.to_thread(require_usable, self.config.selection)
         self.status("enrolling")
         await self.fleet.sign_on()
         idle_since = time.monotonic()
         try:
             await self._send_pending()
             while True:
-                answer = await self._poll()
+                await self._stay_away()
+                answer = await self._poll(POLL_S)
                 self.link.patience_s = math.inf  # it was there: from now on only a break
                 if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
                     self._clear("blobs")
+                    self._clear("work")
                     self.status("finished")
                     log.info("run finished")
                     return
                 spec = from_message(answer.spec, AdapterSpec)
                 if answer.kind == pb.NextTaskResponse.KIND_PROFILE:
+                    self.status("measuring")
                     request = from_message(answer.profile_request, ProfileRequest)
-                    await self._measure(spec, request)
+                    await self.profiler.measure(spec, request, self.trainer)
                 elif answer.kind == pb.NextTaskResponse.KIND_ASSIGNMENT:
                     task = from_message(answer.assignment, Assignment)
                     told = {"round": task.round, "remaining_s": round(answer.remaining_s)}
@@ -145,86 +158,68 @@ class Agent:
         finally:
             await self.trainer.stop()
             await self.link.close()
+            self._charge()
+            self.budget.save()
+            self.profiler.keep()
             self.journal.close()
 
-    async def _poll(self) -> Any:
+    async def _poll(self, wait_s: float) -> Any:
         """One long poll; carries the profile when the coordinator has not seen it yet."""
-        if self._profile is None:
-            self._profile = self._known_profile()
-        profile = None if self._profile_sent else self._profile
-        answer = await self.fleet.call(lambda: self.link.next_task(profile, "", POLL_S, math.inf))
-        self._profile_sent = True
+        await self.profiler.refresh()
+        profile = self.profiler.profile if self.profiler.is_due else None
+        answer = await self.fleet.call(lambda: self.link.next_task(profile, "", wait_s, math.inf))
+        self._charge()
+        if profile is not None:
+            self.profiler.sent()
         return answer
 
-    # --- what this device is --------------------------------------------------------------------
+    # --- what the owner allows ------------------------------------------------------------------
 
-    @property
-    def _memory_cap_bytes(self) -> int | None:
-        megabytes = self.config.limits.memory_mb
-        return None if megabytes is None else megabytes * 10**6
+    async def _stay_away(self) -> None:
+        """Waits while no work may be asked for: for hours, so the fleet had better not count on it.
 
-    @property
-    def _ditto(self) -> float:
-        return self.config.personal.ditto
-
-    def _known_profile(self) -> DeviceProfile:
-        return probe(
-            version=version(), state=self.folder, board=self.config.device.board,
-            memory_cap_bytes=self._memory_cap_bytes,
-        )  # fmt: skip
-
-    async def _measure(self, spec: AdapterSpec, request: ProfileRequest) -> None:
-        """Measures link and compute for this base; the next poll carries the profile."""
-        self.status("measuring link")
-        link = await self._measured_link()
-        self.status("measuring compute")
-        known = self._known_profile()  # before the trainer takes memory of its own
-        folder = await self._base(spec)
-        job = {"job": "profile", "base_folder": str(folder), "spec": to_plain(spec),
-               "request": to_plain(request),
-               "memory_cap_bytes": self._memory_cap_bytes}  # fmt: skip
-        try:
-            result = await self.trainer.run(job)
-        except TrainerError as error:
-            raise AgentError(f"this device cannot train {spec.base}: {error}") from error
-        gpu = result.get("gpu")
-        compute = from_plain(ComputeProfile, result["compute"])
-        if self._ditto > 0:
-            # Every step for the fleet is followed by one for the device's own adapter, so towards
-            # the run a token takes twice as long; the planner's times are right only with this.
-            compute = dataclasses.replace(compute, tokens_per_s=compute.tokens_per_s / 2)
-        self._profile = dataclasses.replace(
-            known,
-            gpu=None if gpu is None else from_plain(GpuProfile, gpu),
-            compute=compute,
-            link=link,
-        )
-        self._profile_sent = False
-        log.info("profile", extra={"tokens_per_s": round(self._profile.compute.tokens_per_s)
-                                   if self._profile.compute else None,
-                                   "up_bps": round(link.up_bps)})  # fmt: skip
-
-    async def _measured_link(self) -> LinkProfile:
+        What passes sooner (heat, other programs) holds a round up instead of missing it.
+        """
+        verdict, told = FREE, False
         while True:
-            try:
-                return await self.fleet.call(lambda: self.link.probe(metered=False))
-            except LinkError as error:
-                log.warning("link not measured, trying again: %s", error)
-                await asyncio.sleep(RETRY_S)
+            found = await asyncio.to_thread(self.activity.read, True)
+            verdict = decide(self.config.policy, found, datetime.now(), time.monotonic(), verdict)
+            why = verdict.why if verdict.is_lasting else ""
+            if self.budget.is_used_up:
+                why = "today's data budget is used up; goes on at midnight"
+                if not told:  # once, so that the fleet plans without this device
+                    await self._poll(0.0)
+                    told = True
+            if not why:
+                return
+            await self.trainer.stop()
+            self.status("away", message=why)
+            await asyncio.sleep(AWAY_S)
 
-    async def _base(self, spec: AdapterSpec) -> Path:
-        """The folder of the run's base, its digest checked. Raises `ModelError`."""
-        if spec.base_digest not in self._checked:
-            where = self.config.model.base or spec.base
-            folder = await asyncio.to_thread(resolve_base, where, spec.base_revision or None)
-            digest = await asyncio.to_thread(base_digest, folder)
-            if digest != spec.base_digest:
-                raise ModelError(
-                    f"base model {folder} has digest {digest[:12]}, but the run needs "
-                    f"{spec.base_digest[:12]}; fetch the same revision or correct [model] base"
-                )
-            self._checked[spec.base_digest] = folder
-        return self._checked[spec.base_digest]
+    def _charge(self) -> None:
+        """Charges the owner's budget with what moved since the last time."""
+        moved = self.link.moved_bytes
+        self.budget.spend(moved - self._charged_bytes)
+        self._charged_bytes = moved
+
+    async def _await_budget(self, size_bytes: int) -> None:
+        """Waits until tomorrow if a finished update does not fit into today's budget any more."""
+        day = self.budget.day
+        while not self.budget.allows(size_bytes) and self.budget.day == day:
+            self.status("away", message="an update waits for tomorrow's data budget")
+            await asyncio.sleep(AWAY_S)
+
+    def _require_budget(self, spec: AdapterSpec, assignment: Assignment) -> None:
+        """Raises `BudgetError` when today's bytes do not suffice for this assignment."""
+        held = {path.name for path in (self.folder / "blobs").iterdir()}
+        need = sum(blob.size_bytes for blob in assignment.blobs if blob.digest not in held)
+        if assignment.trains:
+            need += packed_bytes(spec, assignment.update)
+        if not self.budget.allows(need):
+            raise BudgetError(
+                f"the assignment needs {need / 1e6:.1f} MB and today's data budget has "
+                f"{(self.budget.left_bytes or 0) / 1e6:.1f} MB left"
+            )
 
     # --- one assignment -------------------------------------------------------------------------
 
@@ -234,20 +229,25 @@ class Agent:
             DIGEST.fullmatch(blob.digest) for blob in assignment.blobs
         ):
             raise AgentError("the coordinator gave names that are no file names; do not trust it")
-        training = asyncio.ensure_future(self._train(spec, assignment))
-        beat = asyncio.create_task(self._heartbeat(assignment.assignment_id, training))
+        self._clear("work", but=(f"{assignment.assignment_id}{CHECKPOINT}",))
+        watch = RoundWatch(
+            assignment, self.config.policy, self.activity, self.folder / "control.json",
+            release_after_s=self.config.trainer.idle_s,
+            changed=lambda: self.status(watch.phase, **watch.shown()),
+        )  # fmt: skip
+        training = asyncio.ensure_future(self._train(spec, assignment, watch))
+        beside = (
+            asyncio.create_task(self._heartbeat(assignment.assignment_id, watch, training)),
+            asyncio.create_task(watch.run()),
+        )
         cause: AgentError | None = None
         try:
             report, update, home = await training
-        except (TrainerError, ModelError) as error:
-            outcome = error.outcome if isinstance(error, TrainerError) else "base_mismatch"
+        except (TrainerError, ModelError, BudgetError) as error:
             log.error("assignment failed: %s", error, extra={"round": assignment.round})
-            report = from_plain(LocalReport, {
-                "assignment_id": assignment.assignment_id, "outcome": outcome,
-                "message": _told(outcome, assignment),
-            })  # fmt: skip
+            report = failed(assignment, error)
             update, home = None, None
-            if outcome in OWNER_MUST_ACT:
+            if report.outcome in OWNER_MUST_ACT:
                 cause = AgentError(str(error))
         except asyncio.CancelledError:
             if not self._over:
@@ -256,81 +256,79 @@ class Agent:
             log.info("the run ended while training; the rest is dropped")
             return
         finally:
-            beat.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await beat
+            await _end(beside)
         await self._send(self.journal.add(report, update, home))
         self._clear("work")
         if cause is not None:
             raise cause
 
-    async def _heartbeat(self, assignment_id: str, training: asyncio.Future[Any]) -> None:
-        """Polls while the trainer works, so that the coordinator knows this device lives."""
+    async def _heartbeat(
+        self, assignment_id: str, watch: RoundWatch, training: asyncio.Future[Any]
+    ) -> None:
+        """Polls while the trainer works, so that the coordinator knows how this device is."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             with contextlib.suppress(LinkError, RefusedError):
-                answer = await self.link.next_task(None, assignment_id, 0.0, 0.0)
+                await self.profiler.refresh(may_measure=False)
+                profile = self.profiler.profile if self.profiler.is_due else None
+                answer = await self.link.next_task(
+                    profile, assignment_id, 0.0, 0.0, watch.progress()
+                )
+                self._charge()
+                if profile is not None:
+                    self.profiler.sent()
                 if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
                     self._over = True
                     training.cancel()
                     return
 
     async def _train(
-        self, spec: AdapterSpec, assignment: Assignment
+        self, spec: AdapterSpec, assignment: Assignment, watch: RoundWatch
     ) -> tuple[LocalReport, Path | None, tuple[AdapterSpec, Path] | None]:
         """The report, the update and the run's new home; the last two if there are any."""
-        status = {"round": assignment.round, "k": assignment.rank, "steps": assignment.local_steps}
-        self.status("fetching", **status)
-        folder = await self._base(spec)
+        watch.phase = "fetching"
+        self._require_budget(spec, assignment)
+        folder = await self.bases.folder(spec)
         begun, before = time.monotonic(), self.link.fetched_bytes
         await self._fetch(assignment)
+        self._charge()
         fetch_s, fetched = time.monotonic() - begun, self.link.fetched_bytes - before
-        work = self.folder / "work"
-        update = work / f"{assignment.assignment_id}.update"
-        new_home = work / f"{assignment.assignment_id}.home"
+        job = self._job(spec, assignment, folder)
+        watch.phase = "training" if assignment.trains else "evaluating"
+        result = await watch.carry_out(job, self.trainer)
+        report = watch.completed(from_plain(LocalReport, result["report"]))
+        report = dataclasses.replace(report, fetch_s=fetch_s, fetched_bytes=fetched)
+        update, home = job["update_path"], job["home_out"]
+        return (
+            report,
+            None if update is None else Path(update),
+            (spec, Path(home)) if home is not None and Path(home).is_file() else None,
+        )
+
+    def _job(self, spec: AdapterSpec, assignment: Assignment, folder: Path) -> dict[str, Any]:
+        """The trainer's job: the assignment, where its files lie, what the owner allows."""
+        work, name = self.folder / "work", assignment.assignment_id
         # What is kept from before the first round is of an earlier run of the same name.
         home = self.journal.home_path(spec) if assignment.round else None
         side, global_side = assignment.side, assignment.global_side
-        data = self.config.data
-        job = {
+        return {
             "job": "train",
             "base_folder": str(folder),
             "spec": to_plain(spec),
             "assignment": to_plain(assignment),
-            "data": {
-                "include": list(data.include), "exclude": list(data.exclude),
-                "languages": list(data.languages), "max_files": data.max_files,
-            },
+            "data": to_plain(self.config.selection),
             "slice_paths": [self._place(blob) for blob in assignment.slice],
             "side_path": None if side is None else self._place(side),
             "global_paths": [self._place(blob) for blob in assignment.global_adapter],
             "global_side_path": None if global_side is None else self._place(global_side),
-            "update_path": str(update) if assignment.trains else None,
+            "update_path": str(work / f"{name}.update") if assignment.trains else None,
             "home_path": None if home is None else str(home),
-            "home_out": str(new_home) if assignment.trains else None,
-            "personal_weight": self._ditto,
-            "memory_cap_bytes": self._memory_cap_bytes,
+            "home_out": str(work / f"{name}.home") if assignment.trains else None,
+            "checkpoint_path": str(work / f"{name}{CHECKPOINT}") if assignment.trains else None,
+            "control_path": str(self.folder / "control.json"),
+            "personal_weight": self.config.personal.ditto,
+            "memory_cap_bytes": self.profiler.memory_cap_bytes,
         }  # fmt: skip
-        self.status("training" if assignment.trains else "evaluating", step=0, **status)
-
-        def progress(event: dict[str, Any]) -> None:
-            shown = {**status, "step": event["step"], "loss": event["loss"]}
-            self.status("training", **shown)
-
-        try:
-            result = await self.trainer.run(job, progress)
-        except TrainerError as error:
-            if not error.died:
-                raise
-            log.warning("the trainer died, trying once more: %s", error)
-            result = await self.trainer.run(job, progress)
-        report = from_plain(LocalReport, result["report"])
-        report = dataclasses.replace(report, fetch_s=fetch_s, fetched_bytes=fetched)
-        return (
-            report,
-            update if assignment.trains else None,
-            (spec, new_home) if assignment.trains and new_home.is_file() else None,
-        )
 
     async def _fetch(self, assignment: Assignment) -> None:
         """Has every blob of the assignment in blobs/, and nothing else but what is on its way.
@@ -355,6 +353,7 @@ class Agent:
                 before, begun = self.link.resumes, time.monotonic()
                 path = self.journal.update_path(entry.digest)
                 size = path.stat().st_size
+                await self._await_budget(size)
                 receipt, outcome = await self.fleet.call(
                     partial(self.link.push, entry.assignment_id, entry.digest, path)
                 )
@@ -363,6 +362,7 @@ class Agent:
                     resumes=report.resumes + self.link.resumes - before,
                 )  # fmt: skip
                 self.journal.committed(entry.assignment_id, report)
+                self._charge()
                 log.info("update accepted", extra={"receipt": receipt, "outcome": outcome})
             await self.fleet.call(partial(self.link.report, report, math.inf))
         except RefusedError as error:
@@ -381,15 +381,11 @@ class Agent:
             log.info("resuming", extra={"assignment_id": entry.assignment_id})
             await self._send(entry)
 
+    def _checkpoints(self) -> list[str]:
+        """Of assignments that may come again."""
+        return [p.name for p in (self.folder / "work").iterdir() if p.suffix == CHECKPOINT]
+
     def _clear(self, folder: str, but: Collection[str] = ()) -> None:
         for path in (self.folder / folder).iterdir():
             if path.name not in but:
                 path.unlink()
-
-    def status(self, phase: str, **fields: Any) -> None:
-        """Shows what the agent is doing, for `sketchfleet-agent status`."""
-        path = self.folder / "status.json"
-        temporary = path.with_suffix(".tmp")
-        plain = {"phase": phase, "at": time.time(), "pid": os.getpid(), **fields}
-        temporary.write_text(json.dumps(plain))
-        temporary.replace(path)

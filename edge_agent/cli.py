@@ -1,4 +1,4 @@
-"""sketchfleet-agent: run, probe, status, export, generate.
+"""sketchfleet-agent: run, probe, doctor, status, export, generate.
 
 Imports nothing heavy until it is needed.
 """
@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from profiles.errors import SketchfleetError
 
@@ -25,13 +24,25 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("run", "join the fleet and work until the run is finished"),
-        ("probe", "measure this device: memory, processor and, if it answers, the link"),
+        ("probe", "what this device is: board, memory, GPU, power, heat and the link"),
+        ("doctor", "check everything that training here needs, and say how to mend it"),
         ("status", "what the agent is doing"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("--config", type=Path, default=Path("agent.toml"), metavar="FILE")
         if name != "run":
             command.add_argument("--json", action="store_true", help="print JSON")
+        if name in ("probe", "doctor"):
+            wanted = "measure training steps of" if name == "probe" else "check"
+            command.add_argument("--base", metavar="MODEL", help=f"{wanted} this base model too")
+        if name == "probe":
+            command.add_argument(
+                "--precision", choices=("nf4", "int8", "bf16", "fp32"), default="nf4",
+                help="of the base while it is measured",
+            )  # fmt: skip
+            command.add_argument("--tokens", type=int, default=512, help="per sequence")
+            command.add_argument("--micro-batch", type=int, default=1, help="sequences per step")
+            command.add_argument("--rank", type=int, default=8, help="of the adapter")
     export = commands.add_parser(
         "export",
         help="write this device's own adapter as a PEFT folder",
@@ -53,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int({
-            "run": _run, "probe": _probe, "status": _status, "export": _export,
-            "generate": _generate,
+            "run": _run, "probe": _probe, "doctor": _doctor, "status": _status,
+            "export": _export, "generate": _generate,
         }[args.command](args))  # fmt: skip
     except SketchfleetError as error:
         print(f"sketchfleet-agent: {error}", file=sys.stderr)
@@ -88,78 +99,38 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from edge_agent.agent import AgentError, version
     from edge_agent.config import load_agent_config
-    from edge_agent.link import Link, LinkError
-    from edge_agent.probe import probe
-    from protos.contract import to_plain
+    from edge_agent.survey import Wanted, describe, survey
 
-    config = load_agent_config(args.config)
-
-    async def link_facts() -> Any:
-        link = Link(config.coordinator.address)
-        try:
-            kept = config.state.folder / "credential.json"
-            if not kept.is_file():
-                raise AgentError("this device has not joined a fleet yet")
-            try:
-                link.credential = str(json.loads(kept.read_text())["credential"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise AgentError(f"{kept} is damaged; the next `run` enrols again") from error
-            return await link.probe(metered=False)
-        finally:
-            await link.close()
-
-    unmeasured = ""
-    link = None
-    try:
-        link = asyncio.run(link_facts())
-    except (AgentError, LinkError) as error:
-        unmeasured = str(error)
-    megabytes = config.limits.memory_mb
-    found = probe(
-        version=version(), state=config.state.folder, board=config.device.board,
-        memory_cap_bytes=None if megabytes is None else megabytes * 10**6, link=link,
-    )  # fmt: skip
-    if args.json:
-        print(json.dumps(to_plain(found), indent=2))
-        return 0
-    print(f"board      {found.board}\nprocessor  {found.cpu}, {found.cores} cores")
-    print(f"memory     {found.memory_available_bytes / 1e9:.1f} GB available of "
-          f"{found.memory_total_bytes / 1e9:.1f}; training may use "
-          f"{found.trainer_bytes / 1e9:.2f}")  # fmt: skip
-    print(f"disk       {found.disk_free_bytes / 1e9:.1f} GB free")
-    if link is None:
-        print(f"link       not measured: {unmeasured}")
-    else:
-        print(f"link       {link.up_bps / 1e6:.2f} Mbit/s up, {link.down_bps / 1e6:.2f} down, "
-              f"{link.rtt_s * 1e3:.0f} ms round trip")  # fmt: skip
-    print("compute    measured with the run's own model when the agent joins a run")
+    wanted = None
+    if args.base is not None:
+        wanted = Wanted(args.base, args.precision, args.tokens, args.micro_batch, args.rank)
+    found = asyncio.run(survey(load_agent_config(args.config), wanted))
+    print(json.dumps(found.plain, indent=2) if args.json else describe(found))
     return 0
 
 
-def _status(args: argparse.Namespace) -> int:
-    from edge_agent.agent import AgentError
-    from edge_agent.config import load_agent_config
+def _doctor(args: argparse.Namespace) -> int:
+    import dataclasses
 
-    path = load_agent_config(args.config).state.folder / "status.json"
-    try:
-        plain = json.loads(path.read_text())
-        plain["running"] = Path(f"/proc/{plain['pid']}").exists()
-    except OSError as error:
-        raise AgentError(
-            f"no agent has run with this configuration ({path} is not there)"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise AgentError(f"{path} is damaged; the next `run` writes it anew") from error
+    from edge_agent.checks.finding import render
+    from edge_agent.config import load_agent_config
+    from edge_agent.doctor import examine
+
+    findings = examine(load_agent_config(args.config), args.base)
     if args.json:
-        print(json.dumps(plain))
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
-        state = plain["phase"] if plain["running"] else f"not running (last: {plain['phase']})"
-        details = ", ".join(
-            f"{k} {v}" for k, v in plain.items() if k not in ("phase", "at", "pid", "running")
-        )
-        print(f"{state}{': ' + details if details else ''}, {time.time() - plain['at']:.0f} s ago")
+        print(render(findings))
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from edge_agent.config import load_agent_config
+    from edge_agent.status import describe, read_status
+
+    found = read_status(load_agent_config(args.config).state.folder)
+    print(json.dumps(found) if args.json else describe(found, time.time()))
     return 0
 
 

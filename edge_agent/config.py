@@ -8,10 +8,15 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from edge_agent.network import NetworkSection
+from edge_agent.policy import Policy
+from edge_agent.training.connectors import DataSelection, Problems
+from edge_agent.training.git_history import GitRange
+from edge_agent.training.records import Keys
 from profiles.errors import SketchfleetError
 from profiles.settings import Section, host_of, load_settings
 
@@ -49,12 +54,64 @@ class CoordinatorSection(Section):
 class DataSection(Section):
     """Which code may be trained on. It never leaves this machine."""
 
-    include: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folders, files or globs."""
+    include: tuple[str, ...] = ()
+    """Folders, files or globs of source code."""
     exclude: tuple[str, ...] = ()
     """Patterns on the whole path, for example "*/vendor/*"."""
     languages: tuple[str, ...] = ()
+    """Only these; all when empty."""
     max_files: Annotated[int, Field(ge=1)] | None = None
+    """Documents, of whatever source; a sample by content."""
+    max_mb: Annotated[int, Field(ge=1)] = 64
+    """Of text; a sample by content. Bounds the memory that a large source takes."""
+    jsonl: tuple[str, ...] = ()
+    """Files or globs, one JSON object per line; also .gz, .bz2 and .xz."""
+    parquet: tuple[str, ...] = ()
+    """Files or globs. Needs the extra "data"."""
+    dataset: str = ""
+    """A Hugging Face dataset of JSONL or Parquet files: "owner/name", or a folder."""
+    dataset_revision: str = ""
+    dataset_folder: str = ""
+    """Only files below this folder of it."""
+    dataset_split: str = "train"
+    dataset_held_out: str = ""
+    """The split that is held out; a share of `dataset_split` when empty."""
+    text_key: str = "text"
+    """Where the text of a record is, unless it has a prompt and a completion."""
+    prompt_key: str = ""
+    completion_key: str = ""
+    """With a prompt and a completion, only the completion counts."""
+    language_key: str = ""
+    git: str = ""
+    """A repository. Needs `git_cutoff`; nothing else may be named beside it."""
+    git_cutoff: str = ""
+    """A commit, tag or ISO date: before it is trained on, what changed after it is held out."""
+    git_since: str = ""
+    """Only files that changed between this and the cut-off are trained on."""
+    git_head: str = "HEAD"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        sources = ("include", "jsonl", "parquet", "dataset", "git")
+        named = [key for key in sources if getattr(self, key)]
+        if not named:
+            raise ValueError("names no code; give include, jsonl, parquet, dataset or git")
+        if self.git and len(named) > 1:
+            others = " and ".join(named[:-1])
+            raise ValueError(
+                f"git stands alone, but {others} is named too, which could hold what changed "
+                "after git_cutoff; run a second agent for it"
+            )
+        if bool(self.git) != bool(self.git_cutoff):
+            raise ValueError("git and git_cutoff go together")
+        if self.git_since and not self.git:
+            raise ValueError("git_since needs git")
+        if bool(self.prompt_key) != bool(self.completion_key):
+            raise ValueError("prompt_key and completion_key go together")
+        records = self.jsonl or self.parquet or self.dataset
+        if self.languages and records and not self.language_key:
+            raise ValueError("languages needs language_key to know those of jsonl or parquet")
+        return self
 
 
 class ModelSection(Section):
@@ -95,17 +152,73 @@ class TrainerSection(Section):
     """How long an idle trainer keeps its memory."""
 
 
+class EvaluationSection(Section):
+    """What the fleet's adapter is tested with on this device, beside held-out code.
+
+    Programs that the model writes are run here, in a sandbox; none are while `problems` is empty.
+    """
+
+    problems: str = ""
+    """A file in HumanEval's or MBPP's format."""
+    samples: Annotated[int, Field(ge=1, le=200)] = 1
+    """Programs per problem: one is the most likely, several are drawn."""
+    max_problems: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(gt=0, le=2)] = 0.8
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
+    wall_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """Of one program with its tests."""
+    memory_mb: Annotated[int, Field(ge=64)] = 512
+    """Of one program."""
+
+
 class AgentConfig(Section):
     """Everything the agent needs, checked."""
 
     data: DataSection
+    evaluation: EvaluationSection = EvaluationSection()
     device: DeviceSection = Field(default_factory=DeviceSection)
     coordinator: CoordinatorSection = CoordinatorSection()
     model: ModelSection = ModelSection()
     limits: LimitsSection = LimitsSection()
+    network: NetworkSection = NetworkSection()
+    policy: Policy = Policy()
     personal: PersonalSection = PersonalSection()
     state: StateSection = StateSection()
     trainer: TrainerSection = TrainerSection()
+
+    @property
+    def selection(self) -> DataSelection:
+        """What [data] and [evaluation] choose, as the trainer takes it."""
+        data, tested = self.data, self.evaluation
+        return DataSelection(
+            include=data.include,
+            exclude=data.exclude,
+            languages=data.languages,
+            max_files=data.max_files,
+            max_bytes=data.max_mb * 10**6,
+            jsonl=data.jsonl,
+            parquet=data.parquet,
+            dataset=data.dataset,
+            dataset_revision=data.dataset_revision,
+            dataset_folder=data.dataset_folder,
+            dataset_split=data.dataset_split,
+            dataset_held_out=data.dataset_held_out,
+            keys=Keys(data.text_key, data.prompt_key, data.completion_key, data.language_key),
+            git=GitRange(data.git, data.git_cutoff, data.git_since, data.git_head)
+            if data.git
+            else None,
+            problems=Problems(
+                tested.problems,
+                tested.samples,
+                tested.max_problems,
+                tested.temperature,
+                tested.max_new_tokens,
+                tested.wall_s,
+                tested.memory_mb,
+            )
+            if tested.problems
+            else None,
+        )
 
 
 def load_agent_config(path: Path) -> AgentConfig:
@@ -115,13 +228,15 @@ def load_agent_config(path: Path) -> AgentConfig:
     base = config.model.base
     if base and (here / base).is_dir():
         base = str((here / base).resolve())
+    problems = config.evaluation.problems
     return config.model_copy(
         update={
             "coordinator": config.coordinator.model_copy(
                 update={"token_file": here / config.coordinator.token_file.expanduser()}
             ),
-            "data": config.data.model_copy(
-                update={"include": tuple(_absolute(here, i) for i in config.data.include)}
+            "data": _placed(here, config.data),
+            "evaluation": config.evaluation.model_copy(
+                update={"problems": _absolute(here, problems) if problems else ""}
             ),
             "model": config.model.model_copy(update={"base": base}),
             "state": config.state.model_copy(
@@ -129,6 +244,19 @@ def load_agent_config(path: Path) -> AgentConfig:
             ),
         }
     )
+
+
+def _placed(here: Path, data: DataSection) -> DataSection:
+    """The same with absolute paths."""
+    paths: dict[str, object] = {
+        key: tuple(_absolute(here, pattern) for pattern in getattr(data, key))
+        for key in ("include", "jsonl", "parquet")
+    }
+    if data.git:
+        paths["git"] = _absolute(here, data.git)
+    if data.dataset and Path(_absolute(here, data.dataset)).is_dir():
+        paths["dataset"] = _absolute(here, data.dataset)  # else a name on the hub
+    return data.model_copy(update=paths)
 
 
 def _absolute(here: Path, pattern: str) -> str:

@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 
 import grpc
 
+from edge_agent.link_estimate import Stretch, Transfer
+from edge_agent.link_probe import Echo, measure
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 from profiles.link import LinkProfile
-from protos.contract import BlobRef, LocalReport, Reason, to_message
+from protos.contract import BlobRef, LocalReport, Progress, Reason, to_message
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import RESUMABLE, reason_of
@@ -29,6 +31,7 @@ from protos.transfer import (
     CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     WINDOW_CHUNKS,
+    ChunkSize,
     CorruptChunkError,
     PartFile,
     TransferError,
@@ -40,13 +43,8 @@ log = logging.getLogger("sketchfleet.agent")
 
 CONTROL_S = 15.0
 STALL_S = 60.0  # without a byte, an attempt is given up and begun again where it stands
-FIRST_CHUNK_BYTES = 32 * 1024
-LEAST_CHUNK_BYTES = 4 * 1024
-QUICK_CHUNK_S, SLOW_CHUNK_S = 2.0, 10.0  # chunks grow below and shrink above
-PROBE_START_BYTES = 64 * 1024
-PROBE_MOST_BYTES = 4 << 20
-PROBE_METERED_BYTES = 512 * 1024
-PROBE_ENOUGH_S = 1.5
+# What the owner's budget is charged beyond payloads (assumed): headers of HTTP/2, TCP and IP.
+CALL_BYTES, HEADER_SHARE = 400, 0.03
 T = TypeVar("T")
 
 _OPTIONS = [
@@ -88,16 +86,19 @@ class Link:
     """A device's connection to its coordinator. Use from one event loop.
 
     `patience_s` is how long a transfer goes on without a byte before it raises `LinkError`.
-    `resumes` and `fetched_bytes` count from the start.
+    `resumes`, `fetched_bytes` and `moved_bytes` (both ways, headers estimated) count from the
+    start. `on_transfer` hears of every stretch of bytes that was timed.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.patience_s = STALL_S
-        self._chunk_bytes = FIRST_CHUNK_BYTES
+        self._chunk = ChunkSize()
         self.credential = ""
         self.resumes = 0
         self.fetched_bytes = 0
+        self.moved_bytes = 0
+        self.on_transfer: Callable[[Transfer], None] = lambda transfer: None
         self._control = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._bulk = grpc.aio.insecure_channel(
             address, options=[*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -140,12 +141,15 @@ class Link:
         return float(answer.expires_in_s)
 
     async def next_task(
-        self, profile: DeviceProfile | None, working_on: str, wait_s: float, patience_s: float
-    ) -> Any:
-        """One long poll. Raises `RefusedError`, `LinkError`."""
+        self, profile: DeviceProfile | None, working_on: str, wait_s: float, patience_s: float,
+        progress: Progress | None = None,
+    ) -> Any:  # fmt: skip
+        """One long poll, or a heartbeat with `progress`. Raises `RefusedError`, `LinkError`."""
         request = pb.NextTaskRequest(wait_s=wait_s, working_on=working_on)
         if profile is not None:
             request.profile.CopyFrom(to_message(profile, pb.DeviceProfile))
+        if progress is not None:
+            request.progress.CopyFrom(to_message(progress, pb.Progress))
         return await self._persist(
             lambda: self._fleet.NextTask(
                 request, timeout=wait_s + CONTROL_S, metadata=self._metadata
@@ -173,15 +177,22 @@ class Link:
         part = PartFile(folder / f"{blob.digest}.part", blob.size_bytes)
 
         async def attempt() -> None:
+            self._count(0)
             stream = self._transfer.Fetch(
                 pb.FetchRequest(digest=blob.digest, offset=part.length), metadata=self._metadata
             )
-            while part.length < blob.size_bytes:
-                chunk = await asyncio.wait_for(stream.read(), timeout=STALL_S)
-                if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
-                    break
-                part.write(chunk.offset, chunk.data, chunk.crc32)
-                self.fetched_bytes += len(chunk.data)
+            stretch = Stretch("down")
+            try:
+                while part.length < blob.size_bytes:
+                    chunk = await asyncio.wait_for(stream.read(), timeout=STALL_S)
+                    if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
+                        break
+                    part.write(chunk.offset, chunk.data, chunk.crc32)
+                    self.fetched_bytes += len(chunk.data)
+                    self._count(len(chunk.data), calls=0)
+                    stretch.reached(part.length)
+            finally:
+                self._tell(stretch)
             part.finish(blob.digest, target)
 
         try:
@@ -196,10 +207,12 @@ class Link:
         Raises `RefusedError`, or `LinkError` when nothing is acknowledged for `patience_s`.
         """
         size = path.stat().st_size
-        held = 0
+        held, stretch = 0, Stretch("up")
 
         async def attempt() -> tuple[str, str]:
-            nonlocal held
+            nonlocal held, stretch
+            stretch = Stretch("up")
+            self._count(0, calls=2)
             begun = await self._transfer.BeginPush(
                 pb.BeginPushRequest(assignment_id=assignment_id, digest=digest, size_bytes=size),
                 timeout=CONTROL_S, metadata=self._metadata,
@@ -208,8 +221,11 @@ class Link:
             if 0 < held < size:
                 log.info("push resumed", extra={"at_byte": held, "of_bytes": size})
             if held < size:
-                most = min(begun.chunk_bytes, CHUNK_BYTES)
-                await self._put(path, begun.upload_id, held, most, advance)
+                self._chunk.most_bytes = min(begun.chunk_bytes, CHUNK_BYTES)
+                try:
+                    await self._put(path, begun.upload_id, held, advance)
+                finally:
+                    self._tell(stretch)
             done = await self._transfer.CommitPush(
                 pb.CommitPushRequest(upload_id=begun.upload_id),
                 timeout=STALL_S, metadata=self._metadata,
@@ -219,13 +235,13 @@ class Link:
         def advance(durable: int) -> None:
             nonlocal held
             held = max(held, durable)
+            stretch.reached(held)  # acknowledged: the first call pays for what the others do not
 
         return await self._resume(attempt, lambda: held)
 
     async def _put(
-        self, path: Path, upload_id: str, offset: int, most_bytes: int,
-        advance: Callable[[int], None],
-    ) -> None:  # fmt: skip
+        self, path: Path, upload_id: str, offset: int, advance: Callable[[int], None]
+    ) -> None:
         """Sends the rest of a file, `WINDOW_CHUNKS` unary calls in flight.
 
         The link sets the size of chunks, so that on the slowest one calls still end in time.
@@ -238,12 +254,13 @@ class Link:
                 request = pb.PutChunkRequest(
                     upload_id=upload_id, offset=at, data=data, crc32=crc32(data)
                 )
+                self._count(len(data))
                 begun = time.monotonic()
                 answer = await self._transfer.PutChunk(
                     request, timeout=2 * STALL_S, metadata=self._metadata
                 )
                 advance(answer.durable_bytes)
-                self._adapt(time.monotonic() - begun, most_bytes)
+                self._chunk.took(time.monotonic() - begun)
             finally:
                 window.release()
 
@@ -252,7 +269,7 @@ class Link:
                 stream.seek(offset)
                 while True:
                     await window.acquire()
-                    if not (data := stream.read(min(self._chunk_bytes, most_bytes))):
+                    if not (data := stream.read(min(self._chunk.bytes, self._chunk.most_bytes))):
                         break
                     for task in [t for t in in_flight if t.done()]:
                         in_flight.discard(task)
@@ -265,32 +282,24 @@ class Link:
                 task.cancel()
             await asyncio.gather(*in_flight, return_exceptions=True)
 
-    def _adapt(self, chunk_s: float, most_bytes: int) -> None:
-        if chunk_s < QUICK_CHUNK_S:
-            self._chunk_bytes = min(most_bytes, 2 * self._chunk_bytes)
-        elif chunk_s > SLOW_CHUNK_S:
-            self._chunk_bytes = max(LEAST_CHUNK_BYTES, self._chunk_bytes // 2)
+    def _count(self, payload_bytes: int, calls: int = 1) -> None:
+        self.moved_bytes += calls * CALL_BYTES + payload_bytes + int(HEADER_SHARE * payload_bytes)
+
+    def _tell(self, stretch: Stretch) -> None:
+        if (transfer := stretch.transfer) is not None:
+            self.on_transfer(transfer)
 
     async def probe(self, metered: bool) -> LinkProfile:
-        """Measures the channel both ways with little data: doubles until a transfer takes 1.5 s.
+        """Measures the channel both ways with little data (`link_probe`)."""
+        return await measure(self._probe_once, metered)
 
-        Each direction is timed by its receiver, after the first message.
-        """
-        rtts = []
-        for _ in range(4):
-            begun = time.perf_counter()
-            await self._probe_once(1, 0)
-            rtts.append(time.perf_counter() - begun)
-        most = PROBE_METERED_BYTES if metered else PROBE_MOST_BYTES
-        size = PROBE_START_BYTES
-        while True:
-            up_bps, down_bps, slowest_s = await self._probe_once(size, size)
-            if slowest_s >= PROBE_ENOUGH_S or size >= most:
-                return LinkProfile(up_bps, down_bps, min(rtts), metered)
-            size *= 2
+    async def ping(self) -> float:
+        """Round trip of the smallest call, s. Raises `RefusedError` when it is not let in."""
+        begun = time.perf_counter()
+        await self._probe_once(1, 0)
+        return time.perf_counter() - begun
 
-    async def _probe_once(self, up_bytes: int, down_bytes: int) -> tuple[float, float, float]:
-        """(up bit/s, down bit/s, seconds of the slower direction)."""
+    async def _probe_once(self, up_bytes: int, down_bytes: int) -> Echo:
         block = os.urandom(min(16 * 1024, up_bytes))
 
         async def payload() -> AsyncIterator[Any]:
@@ -303,6 +312,7 @@ class Link:
 
         up: Any = None
         started, timed = 0.0, 0
+        self._count(up_bytes + down_bytes)
         try:
             async for message in self._probe.Probe(
                 payload(), timeout=STALL_S, metadata=self._metadata
@@ -318,13 +328,14 @@ class Link:
         down_s = time.perf_counter() - started if started else 0.0
         up_bps = 8 * up.timed_bytes / up.timed_s if up is not None and up.timed_s else 0.0
         down_bps = 8 * timed / down_s if down_s else 0.0
-        return up_bps, down_bps, max(up.timed_s if up is not None else 0.0, down_s)
+        return Echo(up_bps, down_bps, max(up.timed_s if up is not None else 0.0, down_s))
 
     async def _persist(self, call: Callable[[], Awaitable[T]], patience_s: float) -> T:
         """Repeats an idempotent call with jittered back-off until it is answered."""
         until = time.monotonic() + patience_s
         pause_s = 0.2
         while True:
+            self._count(0)
             try:
                 return await call()
             except grpc.aio.AioRpcError as error:

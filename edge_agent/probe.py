@@ -1,15 +1,22 @@
-"""What this machine is, from psutil, /proc and sysfs. No torch: compute and GPU facts come from
-the trainer, link facts from `link`.
+"""What this machine is, from psutil, /proc and sysfs. No torch: compute and the GPU as training
+sees it come from the trainer, link facts from `link`.
 """
 
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
+from edge_agent.board import BoardFacts, find_board, power_mode, recognised
+from edge_agent.graphics import find_gpu
+from edge_agent.machine import Machine
+from edge_agent.readings import Sensors
+from profiles.device import ComputeProfile, DeviceProfile, GpuProfile, PowerProfile
 from profiles.errors import MissingExtraError
 from profiles.link import LinkProfile
 
@@ -73,6 +80,59 @@ def own_cgroup_files(table: Path = OWN_CGROUPS, root: Path = CGROUPS) -> list[Pa
     return found
 
 
+@dataclass(frozen=True)
+class HostMemory:
+    """The kernel's count, bytes. On a Jetson the GPU uses the same."""
+
+    total_bytes: int
+    available_bytes: int
+    swap_bytes: int  # zram included
+    zram_bytes: int
+
+
+def host_memory(machine: Machine) -> HostMemory:
+    """From /proc/meminfo, else from psutil. Raises `MissingExtraError` when neither is there."""
+    text = machine.text("/proc/meminfo") or ""
+    counts = re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)
+    lines = {key: int(kilobytes) * 1024 for key, kilobytes in counts}
+    swaps = [line.split() for line in (machine.text("/proc/swaps") or "").splitlines()[1:]]
+    zram = sum(int(s[2]) * 1024 for s in swaps if len(s) > 2 and "zram" in s[0] and s[2].isdigit())
+    if "MemTotal" in lines and "MemAvailable" in lines:
+        return HostMemory(lines["MemTotal"], lines["MemAvailable"], lines.get("SwapTotal", 0), zram)
+    psutil = _psutil()
+    memory = psutil.virtual_memory()
+    return HostMemory(memory.total, memory.available, psutil.swap_memory().total, zram)
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What does not change while the agent runs."""
+
+    board: BoardFacts
+    gpu: GpuProfile | None  # that ought to be usable; the trainer says whether it is
+    known_board: str  # its name in the catalogue; empty when it is none of them
+
+
+def find_machine(machine: Machine) -> MachineFacts:
+    """Board and GPU. Asks nvidia-smi, so it may take seconds."""
+    board, memory = find_board(machine), host_memory(machine)
+    gpu = find_gpu(machine, board, (memory.total_bytes, memory.available_bytes))
+    own = memory.total_bytes if gpu is None or gpu.unified_memory else gpu.memory_total_bytes
+    name = "" if gpu is None or board.tegra else gpu.name
+    return MachineFacts(board, gpu, recognised(board, name, own))
+
+
+def power_state(machine: Machine, board: BoardFacts) -> PowerProfile:
+    """How this machine is powered and how warm it is, now."""
+    found = Sensors(machine, cards=False).read()
+    return PowerProfile(
+        mode=power_mode(machine, board),
+        on_battery=found.on_battery,
+        battery_percent=found.battery_percent,
+        temperature_c=found.temperature_c,
+    )
+
+
 def probe(
     *,
     version: str,
@@ -82,26 +142,40 @@ def probe(
     gpu: GpuProfile | None = None,
     compute: ComputeProfile | None = None,
     link: LinkProfile | None = None,
+    machine: Machine | None = None,
+    facts: MachineFacts | None = None,
 ) -> DeviceProfile:
     """The profile of this machine. Raises `MissingExtraError` without psutil."""
-    try:
-        import psutil
-    except ImportError as error:
-        raise MissingExtraError("psutil", "agent") from error
-    memory = psutil.virtual_memory()
-    limit = cgroup_limit_bytes()
+    psutil = _psutil()
+    machine = machine or Machine()
+    facts = facts or find_machine(machine)
+    memory = host_memory(machine)
+    limit = cgroup_limit_bytes(
+        own_cgroup_files(machine.path("/proc/self/cgroup"), machine.path("/sys/fs/cgroup"))
+    )
     caps = [cap for cap in (memory_cap_bytes, limit) if cap is not None]
     existing = next(p for p in (state, *state.parents) if p.exists())
     return DeviceProfile(
-        board=board or board_name(),
-        cpu=cpu_name(),
+        board=board or board_name(machine.path("/proc/device-tree/model")),
+        cpu=cpu_name(machine.path("/proc/cpuinfo")),
         cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
-        memory_total_bytes=memory.total,
-        memory_available_bytes=memory.available,
+        memory_total_bytes=memory.total_bytes,
+        memory_available_bytes=memory.available_bytes,
         memory_cap_bytes=min(caps) if caps else None,
         disk_free_bytes=shutil.disk_usage(existing).free,
         agent_version=version,
         gpu=gpu,
         compute=compute,
         link=link,
+        known_board=facts.known_board,
+        swap_bytes=memory.swap_bytes,
+        power=power_state(machine, facts.board),
     )
+
+
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError as error:
+        raise MissingExtraError("psutil", "agent") from error
+    return psutil

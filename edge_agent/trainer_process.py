@@ -19,6 +19,7 @@ from profiles.errors import SketchfleetError
 
 LINE_LIMIT_BYTES = 1 << 20
 STOP_S = 10.0
+TOLD = ("progress", "paused", "resumed")  # events that are no answer
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -45,7 +46,7 @@ class TrainerProcess:
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
-        """Does one job; returns its result event.
+        """Does one job; returns its result event. `progress` hears every event before it.
 
         Raises `TrainerError` on a named failure; when the process died, outcome "crashed", `died`.
         """
@@ -58,7 +59,7 @@ class TrainerProcess:
             while (line := await process.stdout.readline()).endswith(b"\n"):
                 event: dict[str, Any] = json.loads(line)
                 match event["event"]:
-                    case "progress":
+                    case kind if kind in TOLD:
                         if progress is not None:
                             progress(event)
                     case "result":
@@ -72,9 +73,14 @@ class TrainerProcess:
         except asyncio.CancelledError:
             await self.stop()
             raise
-        code = await process.wait()
+        if not await _ended(process):
+            # Its output is closed, so no answer can come: whoever waits for it waits for ever.
+            await self.stop()
+            raise TrainerError(
+                "crashed", f"the trainer closed its output but went on; see {self._log}", died=True
+            )
         self._process = None
-        raise TrainerError("crashed", _explain_exit(code, self._log), died=True)
+        raise TrainerError("crashed", _explain_exit(process.returncode, self._log), died=True)
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
@@ -105,14 +111,22 @@ class TrainerProcess:
             return
         if process.stdin is not None:
             process.stdin.close()  # end of input is the request to stop
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_S)
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        try:
+            await _ended(process)
+        finally:  # also when whoever asked for it cannot wait any longer
+            if process.returncode is None:
+                process.kill()
+        await process.wait()
 
 
-def _explain_exit(code: int, log: Path) -> str:
+async def _ended(process: asyncio.subprocess.Process) -> bool:
+    """Whether the process ends within `STOP_S`."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), STOP_S)
+    return process.returncode is not None
+
+
+def _explain_exit(code: int | None, log: Path) -> str:
     if code == -9:
         return "the trainer was killed, most likely by the kernel for want of memory"
     return f"the trainer ended with exit code {code}; see {log}"

@@ -6,6 +6,7 @@ from the same home; what did not change since the last round is not fetched agai
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -18,8 +19,12 @@ import pytest
 
 from edge_agent.agent import Agent, AgentError
 from edge_agent.config import AgentConfig
+from edge_agent.link_estimate import Transfer
+from edge_agent.policy import CALM_S, Cause
+from edge_agent.readings import Readings
 from edge_agent.trainer_process import TrainerError
 from profiles.device import ComputeProfile, DeviceProfile
+from profiles.link import LinkProfile
 from profiles.model import ModuleShape
 from protos.contract import (
     AdapterSpec,
@@ -28,6 +33,7 @@ from protos.contract import (
     LocalReport,
     Payload,
     ProfileRequest,
+    Progress,
     Reason,
     from_message,
     from_plain,
@@ -84,6 +90,7 @@ class Coordinator(
         self.tasks = list(tasks)
         self.blobs = {digest_of(data): data for data in (UP, DOWN, SIDE)}
         self.fetched, self.pushed, self.reports, self.profiles = [], [], [], []
+        self.progress = []  # what heartbeats told
         self.refuse = None  # the reason for which updates are turned down
 
     async def Enroll(self, request, context):
@@ -92,6 +99,9 @@ class Coordinator(
     async def NextTask(self, request, context):
         if request.HasField("profile"):
             self.profiles.append(from_message(request.profile, DeviceProfile))
+        if request.working_on:
+            self.progress.append(from_message(request.progress, Progress))
+            return pb.NextTaskResponse(kind=pb.NextTaskResponse.KIND_WAIT)
         if not self.tasks:
             return pb.NextTaskResponse(kind=pb.NextTaskResponse.KIND_RUN_FINISHED)
         task = self.tasks.pop(0)
@@ -165,6 +175,16 @@ class Trainer:
         pass
 
 
+class Calm:
+    """A machine that always tells the same."""
+
+    def __init__(self, **readings):
+        self.readings = Readings(**readings)
+
+    def read(self, waiting):
+        return self.readings
+
+
 @pytest.fixture
 def state(tmp_path):
     return tmp_path / "state"
@@ -193,7 +213,8 @@ def live(tmp_path, impatient):
             **sections,
         }))  # fmt: skip
         agent.trainer = trainer or Trainer()
-        agent._checked[SPEC.base_digest] = tmp_path
+        agent.activity = Calm()
+        agent.bases.checked[SPEC.base_digest] = tmp_path
         prepare(agent)
         try:
             with contextlib.suppress(KilledError):
@@ -398,11 +419,11 @@ def without_probing(agent):
     """The link is not measured: it takes seconds and says nothing here."""
 
     async def probe(metered):
-        from profiles.link import LinkProfile
-
-        return LinkProfile(1e6, 1e6, 0.01)
+        return LinkProfile(1e6, 1e6, 0.01, metered)
 
     agent.link.probe = probe
+    agent.profiler.learn = lambda transfer: None  # loopback is not that link
+    agent.link.on_transfer = lambda transfer: None
 
 
 async def test_the_status_names_the_round_while_it_is_worked_on(live, state):
@@ -410,7 +431,7 @@ async def test_the_status_names_the_round_while_it_is_worked_on(live, state):
 
     class Watching(Trainer):
         async def run(self, job, progress=None):
-            progress({"step": 1, "loss": 2.5})
+            progress({"event": "progress", "step": 1, "loss": 2.5})
             seen.append(json.loads((state / "status.json").read_text()))
             return await super().run(job, progress)
 
@@ -419,3 +440,195 @@ async def test_the_status_names_the_round_while_it_is_worked_on(live, state):
         "phase": "training", "round": 3, "k": 1, "step": 1, "loss": 2.5,
     }  # fmt: skip
     assert json.loads((state / "status.json").read_text())["phase"] == "finished"
+
+
+# --- within its means ---------------------------------------------------------------------------
+
+PROFILE = ProfileRequest("fp32", 16, 1, 2)
+
+
+async def test_a_round_can_be_resumed_and_held_up(live, state):
+    class Dying(Trainer):
+        async def run(self, job, progress=None):
+            self.jobs.append(job)
+            assert json.loads(Path(job["control_path"]).read_text()) == {}
+            Path(job["checkpoint_path"]).write_bytes(b"half of it")
+            raise KilledError
+
+    first = await live(Coordinator(assign(1)), Dying())
+    kept = Path(first.jobs[0]["checkpoint_path"])
+    assert kept == state / "work" / "run.1.ash.checkpoint" and kept.exists()
+
+    class Resuming(Trainer):
+        async def run(self, job, progress=None):
+            self.found = Path(job["checkpoint_path"]).read_bytes()
+            return await super().run(job, progress)
+
+    (state / "work" / "run.0.ash.checkpoint").write_bytes(b"of another")
+    second = await live(Coordinator(assign(1)), Resuming())
+    assert second.found == b"half of it" and names(state / "work") == []
+
+
+async def test_heartbeats_and_report_tell_heat_energy_and_waiting(live, monkeypatch):
+    monkeypatch.setattr("edge_agent.agent.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("edge_agent.watch.EVERY_S", 0.01)
+
+    class Slow(Trainer):
+        async def run(self, job, progress=None):
+            progress({"event": "progress", "step": 1, "loss": 2.0, "tokens_per_s": 50.0,
+                      "memory_bytes": 7})  # fmt: skip
+            progress({"event": "paused", "why": "warm"})
+            await asyncio.sleep(0.3)
+            return await super().run(job, progress)
+
+    def warm(agent):
+        agent.activity = Calm(temperature_c=66.0, watts=10.0)
+
+    coordinator = Coordinator(assign())
+    await live(coordinator, Slow(), prepare=warm)
+    last = coordinator.progress[-1]
+    assert (last.step, last.steps, last.tokens_per_s, last.memory_bytes) == (1, 2, 50.0, 7)
+    assert (last.temperature_c, last.paused) == (66.0, "warm") and last.joules > 0
+    (report,) = coordinator.reports
+    assert report.temperature_c == 66.0 and 1.0 < report.joules < 60.0
+
+
+async def test_outside_its_hours_a_device_asks_for_nothing(live, state, monkeypatch):
+    monkeypatch.setattr("edge_agent.agent.AWAY_S", 0.01)
+    coordinator = Coordinator(assign())
+    seen = []
+
+    def by_day(agent):
+        moments = [Readings(on_battery=True)] * 3 + [Readings(on_battery=False)]
+
+        def read(waiting):
+            if len(moments) > 1:
+                seen.append((len(coordinator.profiles), (state / "status.json").read_text()))
+                return moments.pop(0)
+            return moments[0]
+
+        agent.activity.read = read
+
+    monkeypatch.setitem(CALM_S, Cause.BATTERY, 0)
+    await live(coordinator, prepare=by_day)
+    assert [profiles for profiles, _ in seen] == [0, 0, 0] and len(coordinator.reports) == 1
+    assert "goes on when plugged in" in seen[-1][1]
+
+
+async def test_an_assignment_beyond_the_days_budget_is_declined_with_the_figures(live):
+    coordinator = Coordinator(assign(slice=(ref(UP), ref(DOWN), ref(SIDE))))
+
+    def nearly_spent(agent):
+        agent.budget.spend(10**6 - 200_000)
+
+    await live(coordinator, prepare=nearly_spent, network={"daily_mb": 1})
+    (report,) = coordinator.reports
+    assert report.outcome == "crashed" and coordinator.fetched == []
+    assert "needs 0.5 MB and today's data budget has 0.2 MB left" in report.message
+
+
+async def test_a_budget_that_is_used_up_is_told_once_and_keeps_the_device_away(live, monkeypatch):
+    monkeypatch.setattr("edge_agent.agent.AWAY_S", 0.01)
+    coordinator = Coordinator(PROFILE, assign(), assign())
+    looks = []
+
+    def spending(agent):
+        without_probing(agent)
+        send = agent._send
+
+        async def sending(entry):
+            await send(entry)
+            agent.budget.spend(10**7)
+
+        read = agent.activity.read
+
+        def reading(waiting):
+            looks.append(agent.budget.left_bytes)
+            if looks.count(0) > 3:
+                agent.budget.daily_bytes = 10**9  # as if midnight had come
+            return read(waiting)
+
+        agent._send, agent.activity.read = sending, reading
+
+    await live(coordinator, prepare=spending, network={"daily_mb": 10})
+    budgets = [p.link.budget_bytes for p in coordinator.profiles if p.link is not None]
+    assert budgets[:2] == [pytest.approx(10**7, rel=0.01), 0] and looks.count(0) > 3
+    assert coordinator.profiles[-1].compute is not None, "a profile is always whole"
+
+
+async def test_a_link_that_changed_is_told_again(live, state):
+    coordinator = Coordinator(PROFILE, assign(0), assign(1))
+
+    def slower(agent):
+        without_probing(agent)
+        send = agent._send
+
+        async def sending(entry):
+            await send(entry)
+            for _ in range(10):
+                type(agent.profiler).learn(agent.profiler, Transfer("up", 10**5, 8.0))
+
+        agent._send = sending
+
+    await live(coordinator, prepare=slower)
+    told = [p.link for p in coordinator.profiles if p.link is not None]
+    assert [round(link.up_bps, -4) for link in told] == [1e6, 0.11e6, 0.1e6][: len(told)]
+    assert told[0].variation == 0 and 0 < told[1].variation < 1 and told[1].down_bps == 1e6
+    again = Coordinator(assign(2))
+    await live(again, prepare=without_probing)
+    assert [p.compute for p in again.profiles] == [None], "the coordinator still has it"
+    kept = json.loads((state / "profile.json").read_text())
+    assert kept["estimate"]["up_bps"] == pytest.approx(0.11e6, rel=0.2)
+
+
+@pytest.mark.parametrize(("metered", "told"), [("yes", True), ("no", False)])
+async def test_a_metered_link_is_told(live, metered, told):
+    coordinator = Coordinator(PROFILE)
+    await live(coordinator, prepare=without_probing, network={"metered": metered})
+    assert coordinator.profiles[-1].link.metered is told
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"route": "", "measured": {}, "estimate": {}}'])
+async def test_a_damaged_memory_of_measurements_costs_nothing(live, state, text):
+    state.mkdir()
+    (state / "profile.json").write_text(text)
+    coordinator = Coordinator(assign())
+    await live(coordinator)
+    assert len(coordinator.reports) == 1
+
+
+async def test_a_new_state_folder_is_private(live, state):
+    await live(Coordinator())
+    assert state.stat().st_mode & 0o777 == 0o700
+
+
+async def test_what_moves_is_timed_and_charged(live):
+    heard, links = [], []
+
+    def listening(agent):
+        links.append(agent)
+        agent.link.on_transfer = heard.append
+
+    await live(Coordinator(assign(slice=(ref(UP), ref(DOWN)))), prepare=listening)
+    (agent,) = links
+    assert [t.direction for t in heard] == ["down"], "one chunk alone cannot be timed"
+    assert heard[0].size_bytes == len(DOWN) - 100_000 and heard[0].duration_s > 0
+    payload = len(UP) + len(DOWN)
+    assert payload < agent.link.moved_bytes < 1.1 * payload + 10_000
+    assert agent.budget.left_bytes is None
+
+
+async def test_a_push_is_timed_between_its_acknowledgements(live):
+    class Large(Trainer):
+        async def run(self, job, progress=None):
+            result = await super().run(job, progress)
+            Path(job["update_path"]).write_bytes(bytes(range(256)) * 2000)
+            return result
+
+    heard = []
+    coordinator = Coordinator(assign())
+    await live(coordinator, Large(),
+               prepare=lambda agent: setattr(agent.link, "on_transfer", heard.append))  # fmt: skip
+    (transfer,) = heard
+    assert transfer.direction == "up" and 0 < transfer.size_bytes < 512_000
+    assert sum(map(len, coordinator.pushed)) == 512_000

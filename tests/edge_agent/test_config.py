@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from edge_agent.config import AgentConfigError, load_agent_config
+from edge_agent.training.connectors import DataSelection
+from edge_agent.training.git_history import GitRange
+from protos.contract import from_plain, to_plain
 
 LEAST = '[data]\ninclude = ["code"]\n'
 
@@ -61,6 +65,30 @@ def test_every_value_of_a_full_file_is_taken(load):
     assert config.personal.ditto == 0.1
 
 
+def test_policy_and_network_are_taken_and_their_defaults_forbid_little(load):
+    least = load(LEAST)
+    assert (least.policy.owner, least.policy.on_battery) == ("dedicated", "never")
+    assert least.policy.hours == () and least.policy.pause_above_c is None
+    assert (least.network.metered, least.network.daily_mb) == ("auto", None)
+    full = load(
+        LEAST
+        + """
+        [policy]
+        hours = ["22:00-06:30", "12:00-13:00"]
+        on_battery = 60
+        pause_above_c = 85
+        resume_below_c = 70
+        owner = "idle-only"
+        leave_memory_mb = 2000
+        [network]
+        metered = "yes"
+        daily_mb = 500
+        """
+    )
+    assert full.policy.on_battery == 60 and full.policy.hours[0] == "22:00-06:30"
+    assert (full.network.metered, full.network.daily_mb) == ("yes", 500)
+
+
 @pytest.mark.parametrize(
     ("host", "name"),
     [("Lab-PC", "lab-pc"), ("über host", "ber-host"), ("...", "device"), ("x" * 80, "x" * 63)],
@@ -88,6 +116,27 @@ def test_relative_folders_are_relative_to_the_file(load, tmp_path, monkeypatch):
     assert load(LEAST + '[state]\nfolder = "/var/x"\n').state.folder == Path("/var/x")
 
 
+def test_the_sources_and_tests_of_a_device_reach_the_trainer_with_absolute_paths(load, tmp_path):
+    (tmp_path / "set").mkdir()
+    config = load(
+        '[data]\njsonl = ["a.jsonl"]\nparquet = ["/p/*.parquet"]\ndataset = "set"\n'
+        'prompt_key = "q"\ncompletion_key = "a"\nmax_mb = 2\n'
+        '[evaluation]\nproblems = "he.jsonl.gz"\nsamples = 5\n'
+    )
+    chosen = config.selection
+    assert chosen.jsonl == (str(tmp_path / "a.jsonl"),) and chosen.parquet == ("/p/*.parquet",)
+    assert (chosen.dataset, chosen.max_bytes) == (str(tmp_path / "set"), 2_000_000)
+    assert chosen.keys.wanted == ("q", "a") and chosen.git is None
+    assert chosen.problems is not None and chosen.problems.samples == 5
+    assert chosen.problems.path == str(tmp_path / "he.jsonl.gz")
+    assert from_plain(DataSelection, json.loads(json.dumps(to_plain(chosen)))) == chosen
+    assert load(LEAST).selection.problems is None, "no program runs unless the owner asks"
+
+    git = load('[data]\ngit = "repo"\ngit_cutoff = "2026-01-31"\n').selection.git
+    assert git == GitRange(str(tmp_path / "repo"), "2026-01-31")
+    assert load('[data]\ndataset = "org/name"\n').selection.dataset == "org/name"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -96,10 +145,21 @@ def test_relative_folders_are_relative_to_the_file(load, tmp_path, monkeypatch):
             r"'memory_mp' in \[limits\]; did you mean 'memory_mb'\?",
         ),
         (LEAST + "[devise]\nname = 'x'\n", r"'devise' in the top level; did you mean 'device'\?"),
-        (LEAST + "zzz = 1\n", r"unknown key 'zzz' in \[data\]; known keys: exclude, inc"),
+        (
+            LEAST + "zzz = 1\n",
+            r"unknown key 'zzz' in \[data\]; known keys: completion_key, dataset,",
+        ),
         ("[device]\nname = 'x'\n", r"\[data\] is missing"),
-        ("[data]\n", r"\[data\] lacks 'include'"),
-        ("[data]\ninclude = []\n", r"\[data\] include: .*at least 1 item"),
+        ("[data]\n", r"\[data\].* names no code; give include, jsonl, parquet, dataset or git"),
+        ("[data]\ninclude = []\n", r"\[data\].* names no code"),
+        (LEAST + "git = '.'\ngit_cutoff = 'v1'\n", r"git stands alone, but include is named too"),
+        ("[data]\ngit = '.'\n", r"git and git_cutoff go together"),
+        (LEAST + "git_since = 'v1'\n", r"git_since needs git"),
+        ("[data]\njsonl = ['a']\nprompt_key = 'q'\n", r"prompt_key and completion_key go together"),
+        ("[data]\njsonl = ['a']\nlanguages = ['c']\n", r"languages needs language_key"),
+        (LEAST + "max_mb = 0\n", r"\[data\] max_mb: .*greater than or equal to 1"),
+        (LEAST + "[evaluation]\nsamples = 0\n", r"\[evaluation\] samples: .*greater than or equal"),
+        (LEAST + "[evaluation]\nproblem = 'x'\n", r"in \[evaluation\]; did you mean 'problems'"),
         ("[data]\ninclude = 'code'\n", r"\[data\] include: .*valid tuple"),
         (
             LEAST + "[limits]\nmemory_mb = 10\n",
@@ -107,6 +167,17 @@ def test_relative_folders_are_relative_to_the_file(load, tmp_path, monkeypatch):
         ),
         (LEAST + "[limits]\nthreads = 'all'\n", r"\[limits\] threads: .*integer"),
         (LEAST + "[trainer]\nidle_s = inf\n", r"\[trainer\] idle_s: .*finite number"),
+        (
+            LEAST + "[policy]\nhours = ['9 to 5']\n",
+            r"\[policy\] hours: '9 to 5' must be a range of local times, for example",
+        ),
+        (LEAST + "[policy]\non_battery = 0\n", r'\[policy\] on_battery: must be "never", "alw'),
+        (LEAST + "[policy]\nowner = 'me'\n", r"\[policy\] owner: .*'background' or 'idle-only'"),
+        (
+            LEAST + "[policy]\nresume_below_c = 60\n",
+            r"\[policy\] .*resume_below_c must be below pause_above_c",
+        ),
+        (LEAST + "[network]\ndaily_mb = 0\n", r"\[network\] daily_mb: .*greater than or equal"),
         (LEAST + "[personal]\nditto = -1\n", r"\[personal\] ditto: .*greater than or equal to 0"),
         (LEAST + "[personal]\nlambda = 1\n", r"'lambda' in \[personal\]; known keys: ditto"),
         (LEAST + "[device]\nname = 'My Board'\n", r"\[device\] name: .*pattern"),

@@ -102,7 +102,7 @@ def test_the_limit_of_a_service_is_found_where_its_group_lies(tmp_path):
     [(None, None, None), (500, None, 500), (None, 300, 300), (500, 300, 300), (200, 300, 200)],
 )
 def test_the_tighter_of_the_two_caps_counts(monkeypatch, tmp_path, owner, group, cap):
-    monkeypatch.setattr(module, "cgroup_limit_bytes", lambda: group)
+    monkeypatch.setattr(module, "cgroup_limit_bytes", lambda files: group)
     assert probe(version="1", state=tmp_path, memory_cap_bytes=owner).memory_cap_bytes == cap
 
 

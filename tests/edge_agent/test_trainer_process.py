@@ -171,6 +171,24 @@ async def test_a_trainer_that_will_not_stop_is_killed(make, pids, monkeypatch):
     assert ended(pids()[0]) and time.monotonic() - begun < 5
 
 
+async def test_a_trainer_that_closes_its_output_and_goes_on_is_ended(make, pids, monkeypatch):
+    monkeypatch.setattr(trainer_process, "STOP_S", 0.2)
+    trainer = make(READ + "exec >&-\nwhile true; do sleep 0.05; done\n")
+    begun = time.monotonic()
+    await crashes(trainer, "closed its output but went on")
+    assert ended(pids()[0]) and time.monotonic() - begun < 5
+
+
+async def test_pauses_are_told_as_they_come(make):
+    told = "".join(
+        f'echo \'{{"event":"{kind}","why":"warm"}}\'\n' for kind in ("paused", "resumed")
+    )
+    trainer, seen = make(READ + told + RESULT), []
+    await trainer.run({}, seen.append)
+    assert [event["event"] for event in seen] == ["paused", "resumed"]
+    await trainer.stop()
+
+
 async def test_a_cancelled_job_does_not_train_on(make, pids):
     trainer = make(READ + 'echo \'{"event":"progress"}\'\nread -r more\n')
     begun = asyncio.Event()

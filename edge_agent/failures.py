@@ -1,0 +1,46 @@
+"""What becomes of a local round that failed: what the coordinator is told, and who must act.
+
+The sentence travels, so it never holds paths or text of this device.
+"""
+
+from __future__ import annotations
+
+from edge_agent.trainer_process import TrainerError
+from profiles.errors import SketchfleetError
+from profiles.model import ModelError
+from protos.contract import Assignment, LocalReport, Outcome, from_plain
+
+OWNER_MUST_ACT = ("no_data", "base_mismatch")  # trying again next round would fail alike
+
+
+class BudgetError(SketchfleetError):
+    """Today's data budget does not suffice."""
+
+
+def failed(assignment: Assignment, error: TrainerError | ModelError | BudgetError) -> LocalReport:
+    """The report of a round that could not be done."""
+    match error:
+        case TrainerError():
+            outcome, message = error.outcome, _told(error.outcome, assignment)
+        case ModelError():
+            outcome, message = "base_mismatch", _told("base_mismatch", assignment)
+        case BudgetError():
+            outcome, message = "crashed", str(error)
+    plain = {
+        "assignment_id": assignment.assignment_id, "outcome": outcome, "message": message,
+    }  # fmt: skip
+    return from_plain(LocalReport, plain)
+
+
+def _told(outcome: Outcome | str, assignment: Assignment) -> str:
+    match outcome:
+        case "out_of_memory":
+            return (
+                f"training ran out of memory at {assignment.precision}, k={assignment.rank}, "
+                f"micro-batch {assignment.micro_batch} of {assignment.sequence_tokens} tokens"
+            )
+        case "no_data":
+            return "too little source code to train on and to hold out"
+        case "base_mismatch":
+            return "its base model is not the run's"
+    return "the trainer failed; the log on the device says why"
