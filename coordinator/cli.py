@@ -1,4 +1,4 @@
-"""sketchfleet-coordinator: serve, devices, runs, report, export. Light until a command runs."""
+"""sketchfleet-coordinator: its commands. Light until a command runs."""
 
 from __future__ import annotations
 
@@ -52,10 +52,23 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("run", help="name of the run")
     export.add_argument("--round", type=int, help="after so many rounds (default: the latest)")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    plan = commands.add_parser(
+        "plan", parents=[as_json], help="what a run would ask of a fleet that does not exist yet"
+    )
+    plan.add_argument(
+        "--model", metavar="MODEL", help="a config.json, a model folder, or a known name"
+    )
+    fleet = plan.add_mutually_exclusive_group()
+    fleet.add_argument("--fleet", type=Path, metavar="FILE", help="fleet.toml (docs/boards.md)")
+    fleet.add_argument("--devices", metavar="WORDS", help='"12 orin-nano-8gb on lte, 4 rtx-4090 '
+                       'on fibre"')  # fmt: skip
+    plan.add_argument("--run", type=Path, metavar="FILE", help="run.toml (default: its defaults)")
+    plan.add_argument("--picture", type=Path, metavar="PNG", help="also draw time and memory")
+    plan.add_argument("--list", action="store_true", help="known boards, links and models")
     args = parser.parse_args(argv)
     try:
         return int({"serve": _serve, "devices": _devices, "runs": _runs, "report": _report,
-                    "export": _export}[args.command](args))  # fmt: skip
+                    "export": _export, "plan": _plan}[args.command](args))  # fmt: skip
     except SketchfleetError as error:
         print(f"sketchfleet-coordinator: {error}", file=sys.stderr)
         return 1
@@ -197,6 +210,54 @@ def _export(args: argparse.Namespace) -> int:
             "there is"
         )
     print(export_run(run, found[1], blobs, args.out))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from coordinator import what_if_report as words
+    from coordinator.config import RunConfig, load_config
+    from coordinator.what_if import WhatIfError, what_if
+    from coordinator.what_if_fleet import parse_fleet, read_fleet
+    from profiles.models import find_model
+
+    if args.list:
+        _table(words.BOARD_COLUMNS, words.board_table())
+        _table(words.LINK_COLUMNS, words.link_table())
+        _table(words.MODEL_COLUMNS, words.model_table())
+        return 0
+    config = None if args.run is None else load_config(args.run)
+    wanted = args.model or (config.model.base if config else None)
+    if wanted is None:
+        raise WhatIfError("no model to plan for; give --model, or --run with a [model] base")
+    if args.fleet is None and args.devices is None:
+        raise WhatIfError(
+            'no fleet to plan for; give --fleet, or --devices "12 orin-nano-8gb on lte"'
+        )
+    model, shape = find_model(wanted)
+    if config is None:
+        config = RunConfig.model_validate({"run": {"name": "plan"}, "model": {"base": model}})
+    groups = read_fleet(args.fleet) if args.devices is None else parse_fleet(args.devices)
+    found = what_if(model, shape, config, groups)
+    if args.picture is not None and found.devices:
+        from coordinator.what_if_picture import plan_picture
+
+        plan_picture(found, args.picture)
+    if args.json:
+        print(json.dumps(words.plain(found), indent=2))
+        return 0 if found.devices else 1
+    print(words.headline(found), end="\n\n")
+    if found.devices:
+        _table(words.GROUP_COLUMNS, words.group_table(found))
+        print("\n".join(["", *words.round_lines(found), ""]))
+        _table(words.DAY_COLUMNS, words.day_table(found))
+        print("\n".join([*words.allowance_lines(found), "", "What binds:",
+                         *words.reason_lines(found)]))  # fmt: skip
+    if left_out := words.left_out_lines(found):
+        print("\n".join(["", "Left out:", *left_out]))
+    if args.picture is not None and found.devices:
+        print(f"\n{args.picture}")
+    if not found.devices:
+        raise WhatIfError("no device can take part in a round; the reasons are above")
     return 0
 
 

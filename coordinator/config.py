@@ -13,11 +13,13 @@ from pydantic import Field, field_validator, model_validator
 
 from coordinator.methods import Method, MethodOptions, RowMethod
 from coordinator.methods import make as make_method
+from coordinator.plan_types import Aim, PlanPolicy
 from coordinator.server_optimizer import ServerOptimizer, make_optimizer
 from coordinator.weights import WeightOptions, WeightRule, make_rule
 from profiles.errors import SketchfleetError
 from profiles.settings import Section, host_of, load_settings
-from protos.contract import Encoding, Precision
+from protos.contract import Encoding, Part, Precision
+from protos.layout import LEAST_GROUP, MOST_GROUP, codec_of
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -26,6 +28,10 @@ Seconds = Annotated[float, Field(gt=0)]
 
 class ConfigError(SketchfleetError):
     """run.toml cannot be read or holds something that cannot be run."""
+
+
+SliceEncoding = Literal["float32", "bfloat16", "int8", "int4"]
+"""Of what devices begin with: fewer bits would leave little of a weight."""
 
 
 class RunSection(Section):
@@ -115,16 +121,28 @@ class TrainingSection(Section):
 
     precision: Precision | Literal["auto"] = "nf4"
     """Of the base; "auto" lets the planner choose per device."""
-    sequence_tokens: Annotated[int, Field(ge=16)] = 512
+    sequence_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = 512
+    """Length of a row; "auto" lets the planner choose between 128 and 1024 per device."""
     micro_batch: Positive = 4
     accumulation: Positive = 1
     local_steps: Positive = 20
     min_local_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    """On the device; "adamw8bit" holds the moments in a byte each (bitsandbytes)."""
     keep_optimizer: bool = False
     """Whether a device's optimiser goes on where it stopped, while its rows stay the same."""
     checkpointing: bool | Literal["auto"] = "auto"
+    fill_in_middle: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of documents rearranged for completion in the middle, where the tokenizer can."""
+
+
+class PlanSection(Section):
+    """What the planner aims at (`docs/devices.md`)."""
+
+    policy: Aim = "fastest"
+    """"fastest": least time to the target. "fairest": the same share of the adapter and as many
+    steps for all. "cheapest": the fewest bytes that still cover every rank row."""
 
 
 class RoundSection(Section):
@@ -136,7 +154,7 @@ class RoundSection(Section):
     quorum: Share = 0.8
     """Share of the assigned devices whose updates close a round at its deadline."""
     round_s: Annotated[float, Field(ge=0)] = 0.0
-    """Length of a round; 0 lets the planner choose the shortest that covers every rank row."""
+    """Length of a round; 0 lets the planner choose."""
     max_round_s: Seconds = 3600.0
     late_rounds: Annotated[int, Field(ge=0)] = 1
     """Updates this many rounds late still count, at a discount."""
@@ -150,9 +168,14 @@ class RoundSection(Section):
 class WireSection(Section):
     """Encodings of what travels."""
 
-    update: Encoding = "int8"
-    slice: Encoding = "bfloat16"
-    global_adapter: Encoding = "bfloat16"
+    update: Encoding | Literal["auto"] = "int8"
+    """Of what devices send; "auto" chooses between bfloat16 and int8 per device."""
+    slice: SliceEncoding = "bfloat16"
+    global_adapter: SliceEncoding = "bfloat16"
+    group: Annotated[int, Field(ge=0, le=MOST_GROUP)] = 0
+    """Neighbouring values of an update that share a scale, 8 or more; 0: a whole row."""
+    compressed: bool = False
+    """Whether updates are compressed by Zstandard, where that makes them shorter."""
     error_feedback: bool = False
     """Whether what an update leaves out is added to the device's next one."""
 
@@ -164,6 +187,8 @@ class EvaluationSection(Section):
     """The whole global adapter is also measured before the first round and after the last."""
     sequences: Positive = 32
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    completions: Annotated[int, Field(ge=0)] = 0
+    """Lines of held-out code that devices generate and compare in each evaluation."""
 
 
 class ServerSection(Section):
@@ -200,6 +225,7 @@ class RunConfig(Section):
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     fairness: FairnessSection = FairnessSection()
     training: TrainingSection = TrainingSection()
+    plan: PlanSection = PlanSection()
     round: RoundSection = RoundSection()
     wire: WireSection = WireSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -269,6 +295,18 @@ class RunConfig(Section):
         )
         if self.training.keep_optimizer and not method.keeps_basis:
             raise ValueError(f"[training] keep_optimizer {stale}")
+        wire = self.wire
+        if 0 < wire.group < LEAST_GROUP:
+            raise ValueError(f"[wire] group {wire.group} is too small; use 0, or {LEAST_GROUP} up")
+        if wire.group and wire.update != "auto" and not codec_of(wire.update).scaled:
+            raise ValueError(
+                f"[wire] group does nothing with {wire.update}, which has no scales; leave it out"
+            )
+        if wire.update == "sign" and not wire.error_feedback:
+            raise ValueError(
+                "[wire] update = sign keeps signs only and would never learn sizes; set "
+                "error_feedback = true, or use int2"
+            )
         if self.wire.error_feedback:
             if not method.keeps_basis:
                 raise ValueError(f"[wire] error_feedback {stale}")
@@ -283,10 +321,65 @@ class RunConfig(Section):
         """The method with its options. Raises `UnknownMethodError`."""
         options = MethodOptions(
             rank=self.adapter.rank,
-            optimizer=self.training.optimizer,
+            optimizer=self.training.optimizer.removesuffix("8bit"),  # the same rule
             **self.method.model_dump(exclude={"name"}),
         )
         return make_method(self.method.name, options)
+
+    def plan_policy(
+        self,
+        method: Method,
+        *,
+        files: tuple[tuple[Part, ...], ...],
+        update_parts: tuple[Part, ...],
+        side_rank: int,
+        evaluates_global: bool,
+        rounds_left: int,
+        resting: tuple[tuple[Part, ...], ...] = (),
+        most_rank: int | None = None,
+        evaluate_only: bool = False,
+    ) -> PlanPolicy:
+        """What a round asks for: this run's wishes, and the facts of the round as `PlanPolicy`'s
+        fields of those names.
+        """
+        varies: Literal["rank", "density", "nothing"] = "nothing"
+        if method.heterogeneous:
+            varies = "rank"
+        elif method.density < 1:
+            varies = "density"
+        return PlanPolicy(
+            rank=self.adapter.rank,
+            min_rank=self.round.min_rank,
+            rank_multiple=self.round.rank_multiple,
+            precision=self.training.precision,
+            sequence_tokens=self.training.sequence_tokens,
+            micro_batch=self.training.micro_batch,
+            accumulation=self.training.accumulation,
+            local_steps=0 if evaluate_only else self.training.local_steps,
+            min_local_steps=self.training.min_local_steps,
+            checkpointing=self.training.checkpointing,
+            update_encoding=self.wire.update,
+            update_group=self.wire.group,
+            compressed=self.wire.compressed,
+            slice_encoding=self.wire.slice,
+            global_encoding=self.wire.global_adapter,
+            coverage=self.round.coverage,
+            round_s=self.round.round_s or None,
+            max_round_s=self.round.max_round_s,
+            evaluation_sequences=self.evaluation.sequences,
+            varies=varies,
+            density=method.density,
+            most_rank=most_rank,
+            files=files,
+            resting=resting,
+            update_parts=update_parts,
+            side_rank=side_rank,
+            complement=method.complement,
+            evaluates_global=evaluates_global,
+            optimizer=self.training.optimizer,
+            aim=self.plan.policy,
+            rounds_left=rounds_left,
+        )
 
     def make_server_optimizer(self) -> ServerOptimizer:
         """The server's optimiser."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ from protos.contract import (
     BlobRef,
     LocalReport,
     ProfileRequest,
+    Progress,
     Reason,
     RefusalError,
 )
@@ -41,7 +41,7 @@ from protos.contract import (
 log = logging.getLogger("sketchfleet.coordinator")
 
 LOST_AFTER_S = 120.0  # without a poll; agents poll every 20 s while they train
-MEMORY_AFTER_FAILURE = 0.8  # of what a device had, once it ran out
+PROFILE_TOKENS = 512  # of a row, where the run leaves its length open
 TaskKind = Literal["wait", "profile", "assignment", "finished"]
 
 
@@ -91,6 +91,7 @@ class Engine:
         self._work: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._planning = False
+        self.progress: dict[str, Progress] = {}  # the newest of each device, while it works
         self._untold: set[str] = set()  # devices that do not know yet that the run is finished
         self._issuer = Issuer(
             config, spec, shape, records, blobs,
@@ -347,11 +348,20 @@ class Engine:
     # --- what devices call ----------------------------------------------------------------------
 
     async def next_task(
-        self, device_id: str, profile: DeviceProfile | None, working_on: str, wait_s: float
+        self,
+        device_id: str,
+        profile: DeviceProfile | None,
+        working_on: str,
+        wait_s: float,
+        progress: Progress | None = None,
     ) -> Task:
         """The device's next piece of work, waiting up to `wait_s` for one."""
         now = self._clock()
         self._seen[device_id] = now
+        if progress is not None and working_on:
+            self.progress[device_id] = progress
+        elif not working_on:
+            self.progress.pop(device_id, None)
         if profile is not None:
             profile = profile.completed_by(self._profiles.get(device_id))
             self._profiles[device_id] = profile
@@ -407,7 +417,7 @@ class Engine:
         t = self.config.training
         return ProfileRequest(
             precision="nf4" if t.precision == "auto" else t.precision,
-            sequence_tokens=t.sequence_tokens,
+            sequence_tokens=PROFILE_TOKENS if t.sequence_tokens == "auto" else t.sequence_tokens,
             micro_batch=t.micro_batch,
             rank=max(1, self.config.adapter.rank // 4),
         )
@@ -461,20 +471,9 @@ class Engine:
         if record.state == "failed":
             log.warning("device failed: %s", record.report.message,
                         extra={"device_id": a.device_id, "round": a.round})  # fmt: skip
-            if record.report.outcome == "out_of_memory":
-                self._lower_memory(a.device_id)
             self._feed(rounds.Failed(now, a.round, a.device_id, record.report.outcome))
         elif record.arrived:
             self._feed(rounds.Arrived(now, a.round, a.device_id))
-
-    def _lower_memory(self, device_id: str) -> None:
-        """What did not fit once is not asked for again."""
-        profile = self._profiles.get(device_id)
-        if profile is not None:
-            less = int(MEMORY_AFTER_FAILURE * profile.trainer_bytes)
-            profile = dataclasses.replace(profile, memory_cap_bytes=less)
-            self._profiles[device_id] = profile
-            self._records.seen(device_id, self._clock(), profile)
 
     def _closed_without(self, assignment: Assignment) -> bool:
         """Whether the round of an assignment closed before its update and report were in."""

@@ -15,9 +15,11 @@ import numpy as np
 
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import AssignmentRecord, Records, UploadRecord
+from protos.codecs import PackingError
 from protos.contract import AdapterSpec, Assignment, Reason, RefusalError
-from protos.packing import PackingError, WrongAssignmentError, open_packed, packed_bytes
+from protos.layout import HEADER_BYTES, WrongAssignmentError, layout_of
 from protos.transfer import CorruptChunkError, OffsetError, TransferError
+from protos.unpacking import open_packed
 
 # No training moves an adapter weight this far; merges of such values leave float32.
 LARGEST_CHANGE = 1e4
@@ -36,6 +38,8 @@ class Intake:
     ) -> None:
         self._spec, self._records, self._blobs = spec, records, blobs
         self._too_late, self._clock = too_late, clock
+        # Uploads that are growing, with the device they belong to: no query for each chunk.
+        self._growing: dict[str, tuple[str, UploadRecord]] = {}
 
     def begin(
         self, device_id: str, assignment_id: str, digest: str, size_bytes: int
@@ -43,13 +47,14 @@ class Intake:
         """(upload id, bytes already held). Raises `RefusalError` before any byte is taken."""
         record = self.own(device_id, assignment_id)
         assignment = record.assignment
-        expected = packed_bytes(self._spec, assignment.update)
-        if size_bytes != expected:
+        layout = layout_of(self._spec, assignment.update)
+        most, fixed = layout.most_bytes, layout.fixed
+        if size_bytes > most or size_bytes < (most if fixed else HEADER_BYTES):
             raise RefusalError(
                 Reason.WRONG_SIZE,
                 f"update of {size_bytes:,} bytes, but k={assignment.rank} as "
-                f"{assignment.update.encoding} is {expected:,}; agent and coordinator disagree "
-                "about the assignment, restart the agent",
+                f"{assignment.update.encoding} is {'' if fixed else 'at most '}{most:,}; agent and "
+                "coordinator disagree about the assignment, restart the agent",
             )
         if record.update_digest is None:
             self._refuse_too_late(assignment)
@@ -104,6 +109,7 @@ class Intake:
                 raise RefusalError(Reason.BAD_UPDATE, str(error)) from error
             record = self.own(device_id, upload.assignment_id)
         _refuse_second(record, upload.digest)
+        self._growing.pop(upload_id, None)
         if record.update_digest is not None:
             return upload, False
         self._records.put_update(
@@ -128,12 +134,17 @@ class Intake:
             record = None if upload is None else self._records.assignment(upload.assignment_id)
             if record is None or record.update_digest or self._too_late(record.assignment):
                 self._blobs.discard(upload_id)
+                self._growing.pop(upload_id, None)
 
     def _upload(self, device_id: str, upload_id: str) -> UploadRecord:
-        upload = self._records.upload(upload_id)
+        owner, upload = self._growing.get(upload_id, ("", None))
+        if upload is None:
+            upload = self._records.upload(upload_id)
         if upload is None:
             raise RefusalError(Reason.UNKNOWN_UPLOAD, "no such upload; begin the push again")
-        self.own(device_id, upload.assignment_id)
+        if owner != device_id:
+            self.own(device_id, upload.assignment_id)
+            self._growing[upload_id] = (device_id, upload)
         return upload
 
     def _refuse_too_late(self, assignment: Assignment) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import RunConfig
+from coordinator.corrections import learnt, length_before, plans_before
 from coordinator.lowrank import Bundle, Rows
 from coordinator.methods import Method
-from coordinator.planner import DevicePlan, PlanError, PlanPolicy, RoundPlan, plan_round
+from coordinator.plan_types import DENSE, update_payload
+from coordinator.planner import DevicePlan, Level, PlanError, PlanPolicy, RoundPlan, plan_round
 from coordinator.rounds import PlanRound
 from coordinator.state import SIDE, StateFile, StateReader
 from coordinator.store.blobs import BlobStore
@@ -32,15 +34,15 @@ from protos.contract import (
     Objective,
     Part,
     Payload,
+    from_plain,
     to_plain,
 )
-from protos.packing import PackedWriter, Parts, pack
+from protos.layout import Parts
+from protos.packing import PackedWriter, pack
 from protos.sketch import slice_rows
 
 Recorded = Mapping[int, tuple[float, Sequence[DevicePlan]]]
 """Round -> (length in seconds, plans), to be used instead of planning."""
-
-DENSE: tuple[Part, ...] = ("dense",)
 
 
 class ReplayError(SketchfleetError):
@@ -86,8 +88,18 @@ class Issuer:
         if self._recorded is not None:
             return self._replayed(asked.round, profiles)
         policy = self._policy(asked.round, asked.evaluate_only)
+        history = self._records.assignments(self._spec.run_id)
+        # This round, if it is tried again, ended without anything that could be merged.
+        closed = range(asked.round + 1)
+        measuring = policy.evaluates_global
+        before = {} if asked.evaluate_only else plans_before(history, measuring=measuring)
         try:
-            return plan_round(self._shape, self._spec, policy, profiles, self._pruned())
+            return plan_round(
+                self._shape, self._spec, policy, profiles, self._pruned(history),
+                corrections=learnt(history, closed),
+                before={d: from_plain(DevicePlan, plain) for d, plain in before.items()},
+                before_s=length_before(history, measuring=measuring),
+            )  # fmt: skip
         except PlanError as error:
             return error.plan
 
@@ -105,11 +117,10 @@ class Issuer:
             return RoundPlan(round_s, (), dict.fromkeys(profiles, waiting))
         return RoundPlan(round_s, tuple(plans))
 
-    def _pruned(self) -> dict[str, int]:
+    def _pruned(self, given: Sequence[AssignmentRecord]) -> dict[str, int]:
         """The rows that devices have left after pruning themselves, by the newest report."""
         if self._method.pruning is None:
             return {}
-        given = self._records.assignments(self._spec.run_id)
         return {
             a.assignment.device_id: a.report.kept_rank
             for a in given
@@ -122,34 +133,28 @@ class Issuer:
         most = None
         if not method.keeps_basis and method.heterogeneous:
             most = StateReader(self._spec, files).useful_rank()
-        varies = "rank" if method.heterogeneous else "density" if method.density < 1 else "nothing"
-        return PlanPolicy(
-            rank=c.adapter.rank,
-            min_rank=c.round.min_rank,
-            rank_multiple=c.round.rank_multiple,
-            precision=c.training.precision,
-            sequence_tokens=c.training.sequence_tokens,
-            micro_batch=c.training.micro_batch,
-            accumulation=c.training.accumulation,
-            local_steps=0 if evaluate_only else c.training.local_steps,
-            min_local_steps=c.training.min_local_steps,
-            checkpointing=c.training.checkpointing,
-            update_encoding=c.wire.update,
-            slice_encoding=c.wire.slice,
-            global_encoding=c.wire.global_adapter,
-            coverage=c.round.coverage,
-            round_s=c.round.round_s or None,
-            max_round_s=c.round.max_round_s,
-            evaluation_sequences=c.evaluation.sequences,
-            varies=varies,  # type: ignore[arg-type]
-            density=method.density,
+        return c.plan_policy(
+            method,
+            evaluate_only=evaluate_only,
             most_rank=most,
             files=self._files(version),
+            resting=self._resting(version),
             update_parts=self._sent(version),
             side_rank=files[SIDE].payload.rank if SIDE in files else 0,
-            complement=method.complement,
             evaluates_global=evaluate_only or round_ % c.evaluation.every_rounds == 0,
+            rounds_left=max(1, c.run.rounds + 1 - round_),
         )
+
+    def _resting(self, version: int) -> tuple[tuple[Part, ...], ...]:
+        """Files that did not change since the version before, in a round that all fetch alike.
+
+        A device that took part before holds them; who is new fetches them once more than planned.
+        """
+        if version == 0 or self._method.heterogeneous:
+            return ()  # other rows than last time are another file
+        before = version - 1
+        moved = set(self._trained(before))
+        return tuple(group for group in self._files(version) if not moved & set(group))
 
     def _files(self, version: int) -> tuple[tuple[Part, ...], ...]:
         """What travels down, file by file; dense tensors in one of their own."""
@@ -227,7 +232,13 @@ class Issuer:
             local_steps=plan.local_steps if trains else 0,
             learning_rate=c.training.learning_rate,
             optimizer=c.training.optimizer,
-            update=Payload(plan.rank, c.wire.update, sent, plan.density),
+            update=update_payload(
+                Level(plan.rank, plan.density),
+                self._encoding(plan),
+                sent,
+                group=c.wire.group,
+                compressed=c.wire.compressed,
+            ),
             evaluation_sequences=c.evaluation.sequences,
             held_out_share=c.evaluation.held_out_share,
             evaluates_global=plan.evaluates_global,
@@ -236,6 +247,8 @@ class Issuer:
             reason=plan.reason,
             objective=self._objective(),
             pruning=method.pruning,
+            fill_in_middle=c.training.fill_in_middle,
+            completions=c.evaluation.completions,
         )
         given: dict[str, Any] = {}
         if trains:
@@ -245,6 +258,12 @@ class Issuer:
             given["global_adapter"] = self._whole(issue)
             given["global_side"] = self._side(issue, c.wire.global_adapter)
         return dataclasses.replace(blank, **given)
+
+    def _encoding(self, plan: DevicePlan) -> Encoding:
+        """What an update travels as; plans recorded before it could vary leave it to the run."""
+        if plan.update_encoding is not None:
+            return plan.update_encoding
+        return "int8" if self._config.wire.update == "auto" else self._config.wire.update
 
     def _objective(self) -> Objective | None:
         f = self._config.fairness

@@ -23,9 +23,11 @@ from coordinator.methods.base import normalised
 from coordinator.server_optimizer import ServerOptimizer
 from coordinator.state import StateFile, StateReader, StateWriter
 from profiles.model import ModuleShape
+from protos.codecs import PackingError
 from protos.contract import AdapterSpec, Assignment
-from protos.packing import PackedReader, PackingError, Parts, open_packed
+from protos.layout import Parts
 from protos.sketch import initial_down, slice_rows
+from protos.unpacking import PackedReader, open_packed
 
 MOST_OPEN = 256  # updates held open at once; a process may have a thousand files
 

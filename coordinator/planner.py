@@ -1,146 +1,57 @@
-"""What each device is asked to do in a round: profiles, model and deadline in, plans out.
+"""What each device is asked to do in a round: profiles, model and policy in, plans out.
 
-Decides precision, checkpointing, micro-batch, sketch size k, steps and, if wanted, the length of
-the round, and says in words what bound each device. Knows costs only through `profiles.cost`, and
-nothing of methods, state or transport.
+Chooses the length of the round and, with it, every device's settings, so that the time to the
+target is least by a simple measure, or work is spread evenly, or bytes are saved (`Aim`). Knows
+devices through `coordinator.plan_search` only, and nothing of methods, state or transport.
 
-Memory and time both grow with k, so the largest k of a device is found by bisection, and so is
-the smallest deadline at which the fleet covers the rank (`docs/methods.md`, assigning k).
+The measure of a round is progress a second (`docs/devices.md`, what a round brings):
+
+    sqrt(rows) * steps / (length + OVERHEAD_S)      rows: sum of the devices' shares of the rank
+                                                    steps: mean share of the wanted steps
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from profiles.cost import ASSUMED_LINK, Cost, LocalWork, device_peak_bytes, round_seconds
-from profiles.device import DeviceProfile
-from profiles.errors import SketchfleetError
-from profiles.model import ModelShape
-from protos.contract import AdapterSpec, Encoding, Part, Payload, Precision
-from protos.packing import packed_bytes
-
-AUTO_PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "nf4")  # most precise first
-SHORTEST_ROUND_S = (
-    15.0  # of its own choosing: starting a trainer and loading a base is not modelled
+from coordinator.plan_reasons import does_not_fit, reason, too_slow
+from coordinator.plan_search import Choice, Search, Sizes
+from coordinator.plan_types import (
+    AUTO_SEQUENCES,
+    Aim,
+    DevicePlan,
+    Level,
+    PlanError,
+    PlanPolicy,
+    RoundPlan,
 )
+from profiles.cost import NOTHING_LEARNT, Correction
+from profiles.device import DeviceProfile
+from profiles.model import ModelShape
+from protos.contract import AdapterSpec
+
+__all__ = [
+    "AUTO_SEQUENCES", "SHORTEST_ROUND_S", "Aim", "DevicePlan", "Level", "PlanError", "PlanPolicy",
+    "RoundPlan", "plan_round",
+]  # fmt: skip
+
+# Of its own choosing: what starting a trainer and loading a base take is learnt, not modelled.
+SHORTEST_ROUND_S = 15.0
+OVERHEAD_S = 5.0  # between two rounds: the merge, and the poll that finds the next; assumed
 DEADLINE_STEP_S = 0.1  # a chosen deadline is rounded up to this
+DEADLINES = 64  # lengths of a round that are compared
+# What a row counts beside its steps, tried in turn until the fleet covers the rank.
+WIDER = (0.0, 0.25, 1.0, 4.0, 1e6)
 
+# Hysteresis: a device keeps what it did while the new choice brings less than this factor more,
+# and what it did would be done in this factor of the round, which closes at 1.25 of its length.
+CLEAR_STEP = 1.25
+HOLD = 1.2
+ROOM_TO_GROW = 0.85  # of its memory that a device's larger task may take, so that it stays
 
-class PlanError(SketchfleetError):
-    """No device can take part; the message gives every device's reason, `plan` holds them."""
-
-    def __init__(self, sentence: str, plan: RoundPlan) -> None:
-        super().__init__(sentence)
-        self.plan = plan
-
-
-class Level(NamedTuple):
-    """How large a part a device takes: rows of its slice, and the share of values that travels."""
-
-    rank: int
-    density: float
-
-
-@dataclass(frozen=True)
-class PlanPolicy:
-    """What the run asks for, and how far the planner may go below it.
-
-    An evaluate-only round has `local_steps` 0 and `evaluates_global`. What varies between devices:
-    the rows of their slice, the share of values they send (FLASC), or nothing: then a device
-    trains the whole adapter or none. `complement`: a device gets the rows it does not train as a
-    frozen branch (Fed-PLoRA).
-    """
-
-    rank: int  # r
-    precision: Precision | Literal["auto"]
-    sequence_tokens: int
-    micro_batch: int
-    accumulation: int
-    local_steps: int
-    update_encoding: Encoding
-    slice_encoding: Encoding
-    global_encoding: Encoding
-    evaluation_sequences: int
-    max_round_s: float
-    round_s: float | None = None  # None: the smallest that reaches the coverage
-    min_rank: int = 1
-    rank_multiple: int = 1
-    min_local_steps: int = 1
-    checkpointing: bool | Literal["auto"] = "auto"
-    coverage: float = 1.0  # kappa: the sum of k is to reach kappa * r
-    varies: Literal["rank", "density", "nothing"] = "rank"
-    density: float = 1.0  # the largest
-    most_rank: int | None = None  # no device gets more rows
-    files: tuple[tuple[Part, ...], ...] = (("up", "down"),)
-    update_parts: tuple[Part, ...] = ("up", "down")
-    side_rank: int = 0
-    complement: bool = False
-    evaluates_global: bool = False
-
-    @property
-    def measuring(self) -> tuple[bool, ...]:
-        """Whether to evaluate the whole adapter: what is wanted, then what may be given up to."""
-        if not self.evaluates_global:
-            return (False,)
-        return (True, False) if self.local_steps else (True,)
-
-    @property
-    def deadline_s(self) -> float:
-        """The longest a round may be."""
-        return self.max_round_s if self.round_s is None else min(self.round_s, self.max_round_s)
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """What a device may be given, ascending.
-
-        Ranks: multiples, and both ends whether they are multiples or not. Densities: halvings
-        down to the share that `min_rank` is of the rank.
-        """
-        if self.varies == "nothing":
-            return (Level(self.rank, self.density),)
-        most = min(self.rank, self.most_rank or self.rank)
-        low = min(self.min_rank, most)
-        if self.varies == "density":
-            halvings = max(0, math.floor(math.log2(self.density * self.rank / low) + 1e-9))
-            return tuple(Level(self.rank, self.density / 2**i) for i in range(halvings, -1, -1))
-        step = max(1, self.rank_multiple)
-        inner = (k for k in range(low, most) if k % step == 0)
-        return tuple(Level(k, self.density) for k in sorted({low, most, *inner}))
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """What one device is asked to do, why, and what it is expected to cost."""
-
-    device_id: str
-    rank: int  # k
-    sketch_offset: int  # first row in each module's permutation
-    precision: Precision
-    sequence_tokens: int
-    micro_batch: int
-    accumulation: int
-    checkpointing: bool
-    local_steps: int
-    evaluates_global: bool
-    reason: str
-    predicted: Cost
-    predicted_peak_bytes: int
-    density: float = 1.0
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """A round: its length, who does what (sorted by name), and who was left out and why."""
-
-    round_s: float
-    devices: tuple[DevicePlan, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    unfit: frozenset[str] = frozenset()  # left out for memory: no round will be long enough
+Chosen = dict[str, Choice]
 
 
 def plan_round(
@@ -149,42 +60,55 @@ def plan_round(
     policy: PlanPolicy,
     devices: Mapping[str, DeviceProfile],
     most_rank: Mapping[str, int] | None = None,
+    *,
+    corrections: Mapping[str, Correction] | None = None,
+    before: Mapping[str, DevicePlan] | None = None,
+    before_s: float | None = None,
 ) -> RoundPlan:
     """Plans one round. Raises `PlanError` when no device can take part.
 
-    most_rank: by device, rows it is to get at most (HetLoRA's self-pruning). A compute
-    measurement of another base than the run's is not used.
+    most_rank: by device, rows it is to get at most (HetLoRA's self-pruning). corrections: what
+    reports taught of each device. before, before_s: what each did last, and the length of the
+    last round of this kind; devices keep it unless the change is clear. A compute measurement of
+    another base than the run's is not used.
     """
-    shared = _Sizes(spec, policy)
+    shared = Sizes(spec, policy)
+    searches: list[Search] = []
     left_out: dict[str, str] = {}
-    fits: list[_Fit] = []
     for device_id in sorted(devices):
         sizes = shared
         if (cap := (most_rank or {}).get(device_id)) is not None:
             most = min(cap, policy.most_rank or policy.rank)
-            sizes = _Sizes(spec, replace(policy, most_rank=most))
-        found = _fit_memory(shape, sizes, device_id, _relevant(devices[device_id], spec))
-        if isinstance(found, str):
-            left_out[device_id] = found
+            sizes = Sizes(spec, replace(policy, most_rank=most))
+        correction = (corrections or {}).get(device_id, NOTHING_LEARNT)
+        profile = _relevant(devices[device_id], spec)
+        search = Search(shape, sizes, device_id, profile, correction)
+        if search.offers:
+            searches.append(search)
         else:
-            fits.append(found)
-    unfit = frozenset(left_out)
-    round_s = _deadline(policy, fits)
-    chosen: list[tuple[_Fit, LocalWork]] = []
-    for fit in fits:
-        work = fit.within(round_s)
-        if work is None:
-            left_out[fit.device_id] = fit.too_slow(round_s)
-        else:
-            chosen.append((fit, work))
-    if not chosen:
+            left_out[device_id] = does_not_fit(search)
+    unfit = frozenset(
+        d for d in left_out if not _memory_fits(shape, shared, devices[d], spec, corrections, d)
+    )
+    fleet = _Fleet(policy, tuple(searches))
+    round_s = fleet.length_s(before_s)
+    chosen = fleet.chosen(round_s)
+    kept = fleet.kept(chosen, before or {}, round_s)
+    for search in searches:
+        if search.device_id not in kept:
+            left_out[search.device_id] = too_slow(search, round_s)
+    if not kept:
         whys = "; ".join(left_out[d] for d in sorted(left_out)) or "no device is ready"
         nobody = RoundPlan(round_s, (), left_out, unfit)
         raise PlanError(f"no device can take part in the round: {whys}", nobody)
     plans, offset = [], 0
-    for fit, work in chosen:
-        plans.append(fit.plan(work, offset % policy.rank, round_s))
-        offset += work.rank
+    for search in searches:
+        if (choice := kept.get(search.device_id)) is None:
+            continue
+        new = chosen.get(search.device_id)
+        stays = new is None or choice.work != new.work
+        plans.append(_plan(fleet, search, choice, offset % policy.rank, round_s, stays=stays))
+        offset += choice.work.rank
     return RoundPlan(round_s, tuple(plans), left_out, unfit)
 
 
@@ -193,306 +117,215 @@ def _relevant(profile: DeviceProfile, spec: AdapterSpec) -> DeviceProfile:
     return replace(profile, compute=None) if stale else profile
 
 
-class _Sizes:
-    """The policy as work of a given k, with packed sizes computed once per k."""
-
-    def __init__(self, spec: AdapterSpec, policy: PlanPolicy) -> None:
-        self.spec, self.policy = spec, policy
-        self._slices: dict[Level, tuple[int, int]] = {}
-
-    @cached_property
-    def global_bytes(self) -> int:
-        """The whole adapter and, unless it is fetched to train beside anyway, its branch."""
-        p = self.policy
-        found = self._files(Level(p.rank, 1.0), p.global_encoding)
-        same = p.local_steps and not p.complement and p.global_encoding == p.slice_encoding
-        if p.side_rank and not same:
-            found += packed_bytes(self.spec, Payload(p.side_rank, p.global_encoding))
-        return found
-
-    def at(self, work: LocalWork, level: Level) -> LocalWork:
-        """The same work at this level."""
-        p, k = self.policy, level.rank
-        side = p.side_rank + (p.rank - k if p.complement else 0)
-        if level not in self._slices:
-            down = self._files(level, p.slice_encoding)
-            if side:
-                down += packed_bytes(self.spec, Payload(side, p.slice_encoding))
-            up = Payload(k, p.update_encoding, p.update_parts, level.density)
-            self._slices[level] = (down, packed_bytes(self.spec, up))
-        down, up_bytes = self._slices[level] if work.local_steps else (0, 0)
-        return replace(
-            work,
-            rank=k,
-            density=level.density,
-            side_rank=side if work.local_steps else p.side_rank,
-            slice_bytes=down,
-            update_bytes=up_bytes,
-        )
-
-    def _files(self, level: Level, encoding: Encoding) -> int:
-        payloads = (
-            Payload(level.rank, encoding, parts, level.density) for parts in self.policy.files
-        )
-        return sum(packed_bytes(self.spec, payload) for payload in payloads)
-
-    def wanted(self, precision: Precision, *, checkpointing: bool, evaluates: bool) -> LocalWork:
-        """What the policy asks for, at its smallest k."""
-        p = self.policy
-        work = LocalWork(
-            precision=precision,
-            rank=p.levels[0].rank,
-            parameters_per_rank=self.spec.parameters_per_rank,
-            global_rank=p.rank,
-            sequence_tokens=p.sequence_tokens,
-            micro_batch=p.micro_batch,
-            accumulation=p.accumulation,
-            local_steps=p.local_steps,
-            checkpointing=checkpointing,
-            evaluation_sequences=p.evaluation_sequences,
-            evaluates_global=evaluates,
-            slice_bytes=0,
-            update_bytes=0,
-            global_bytes=self.global_bytes if evaluates else 0,
-            dense_parameters=sum(t.out_features * t.in_features for t in self.spec.dense),
-        )
-        return self.at(work, p.levels[0])
+def _memory_fits(
+    shape: ModelShape,
+    sizes: Sizes,
+    profile: DeviceProfile,
+    spec: AdapterSpec,
+    corrections: Mapping[str, Correction] | None,
+    device_id: str,
+) -> bool:
+    """Whether a device would fit were it trusted with its memory again."""
+    known = (corrections or {}).get(device_id, NOTHING_LEARNT)
+    trusted = replace(known, memory_share=1.0)
+    return Search(shape, sizes, device_id, _relevant(profile, spec), trusted).fits_memory
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """A device, settings that its memory allows, and the k they allow."""
+class _Fleet:
+    """The devices that fit, and what the run wants of them together."""
 
-    shape: ModelShape
-    sizes: _Sizes
-    device_id: str
-    profile: DeviceProfile
-    work: LocalWork  # at the lowest level
-    levels: tuple[Level, ...]  # those that fit in memory, ascending
+    policy: PlanPolicy
+    searches: tuple[Search, ...]
 
-    def seconds(self, work: LocalWork) -> float:
-        return round_seconds(self.shape, self.profile, work).total_s
+    # --- how long -------------------------------------------------------------------------------
 
-    def largest(self, work: LocalWork, deadline_s: float) -> LocalWork | None:
-        """`work` at the highest level that memory and deadline allow; None if none is."""
-        count = bisect_right(
-            self.levels, deadline_s, key=lambda level: self.seconds(self.sizes.at(work, level))
+    def length_s(self, before_s: float | None) -> float:
+        """The given length, or the one that brings most progress a second.
+
+        Never shorter than the least work of any device that can do some in the longest round:
+        every device's code counts. Never so short that rows go untrained which the longest round
+        would cover. Stays what it was while that is within a clear step.
+        """
+        policy, longest = self.policy, self.policy.deadline_s
+        if policy.round_s is not None or not self.searches:
+            return longest
+        shortest = [s for x in self.searches if (s := x.shortest_s(longest)) is not None]
+        if not shortest:
+            return longest  # nobody can do anything even in this
+        # A little longer, so that who is slowest is not cut to one row by its last second.
+        low = min(longest, max([SHORTEST_ROUND_S, *(HOLD * s for s in shortest)]))
+        lengths = [low * math.pow(longest / low, i / DEADLINES) for i in range(DEADLINES)]
+        lengths = sorted({_tidy(s, longest) for s in (*lengths, longest)})
+        found = [(s, self.chosen(s)) for s in lengths]
+        target = min(policy.coverage, self.coverage(found[-1][1])) - 1e-9
+        enough = [(s, c) for s, c in found if self.coverage(c) >= target]
+        best_s, best = max(enough, key=lambda pair: (self.progress_per_s(*pair), -pair[0]))
+        # The same work in less time, and the same coverage in less work, between two lengths.
+        below = max((s for s in lengths if s < best_s), default=low)
+        while best_s - below > DEADLINE_STEP_S:
+            middle = _tidy((below + best_s) / 2, longest)
+            if middle in (below, best_s):
+                break
+            less = self.chosen(middle)
+            better = self.progress_per_s(middle, less) >= self.progress_per_s(best_s, best)
+            if self.coverage(less) >= target and better:
+                best_s, best = middle, less
+            else:
+                below = middle
+        if before_s is not None and best_s / CLEAR_STEP <= before_s <= best_s * CLEAR_STEP:
+            return min(longest, before_s)
+        return best_s
+
+    def coverage(self, chosen: Chosen) -> float:
+        """How many devices train each row, on average."""
+        return math.fsum(choice.offer.share for choice in chosen.values())
+
+    def progress_per_s(self, round_s: float, chosen: Chosen) -> float:
+        """Twice as many devices on a row average out noise, 1.4 times; twice the steps are twice
+        the progress, up to those that the run wants.
+        """
+        rows = self.coverage(chosen)
+        if not rows:
+            return 0.0
+        done = math.fsum(
+            x.value(chosen[x.device_id]) for x in self.searches if x.device_id in chosen
         )
-        return self.sizes.at(work, self.levels[count - 1]) if count else None
+        return done / (math.sqrt(rows) * (round_s + OVERHEAD_S))
 
-    def within(self, deadline_s: float) -> LocalWork | None:
-        """The most work done by the deadline: k shrinks first, then steps, then measuring."""
-        for evaluates in self.sizes.policy.measuring if self.work.evaluates_global else (False,):
-            full = self.least(self.sizes.policy.local_steps, evaluates=evaluates)
-            if (found := self.largest(full, deadline_s)) is not None:
+    # --- who does what --------------------------------------------------------------------------
+
+    def chosen(self, round_s: float) -> Chosen:
+        """Everybody's choice in a round of this length; who can do nothing in it is not there."""
+        match self.policy.aim:
+            case "fairest":
+                return self._equal(round_s)
+            case "cheapest":
+                return self._fewest_bytes(round_s)
+        first: Chosen | None = None
+        for wider in WIDER:
+            found = self._each(lambda x, w=wider: x.best(round_s, wider=w))  # type: ignore[misc]
+            if self.coverage(found) >= self.policy.coverage - 1e-9:
                 return found
-            cost = round_seconds(self.shape, self.profile, full)
-            left_s = deadline_s - (cost.total_s - cost.train_s)
-            steps = math.floor(full.local_steps * left_s / cost.train_s) if cost.train_s else 0
-            fewer = self.least(min(steps, full.local_steps), evaluates=evaluates)
-            if steps >= self.least_steps and self.seconds(fewer) <= deadline_s:
-                return fewer
-        return None
+            first = found if first is None else first
+        return first or {}  # rows go untrained anyway; other ones in every round
 
-    @property
-    def least_steps(self) -> int:
-        p = self.sizes.policy
-        return min(max(1, p.min_local_steps), p.local_steps)
+    def _each(self, pick: Callable[[Search], Choice | None]) -> Chosen:
+        picks = ((x.device_id, pick(x)) for x in self.searches)
+        return {device_id: choice for device_id, choice in picks if choice is not None}
 
-    def least(self, steps: int, *, evaluates: bool) -> LocalWork:
-        """The smallest k, this many steps, with or without the whole adapter."""
-        size = self.sizes.global_bytes if evaluates else 0
-        return replace(self.work, local_steps=steps, evaluates_global=evaluates, global_bytes=size)
+    def _equal(self, round_s: float) -> Chosen:
+        """The same share of the rows and as many steps for all: the most that everybody can.
 
-    def shortest(self, longest_s: float) -> float | None:
-        """Seconds of the least work, measuring if asked; None if even that takes longer."""
-        settings = self.sizes.policy.measuring if self.work.evaluates_global else (False,)
-        tries = [self.least(self.least_steps, evaluates=evaluates) for evaluates in settings]
-        return next((s for s in map(self.seconds, tries) if s <= longest_s), None)
+        Everybody: who can do the least in a round of this length.
+        """
+        able = [x for x in self.searches if x.best(round_s) is not None]
+        best: Chosen = {}
+        most = -1.0
+        for share in _shares(able):
+            found = {x.device_id: x.best(round_s, most_share=share) for x in able}
+            sized = {d: c for d, c in found.items() if c is not None}
+            # One that prunes itself, or whose link is metered, may have no such share: its own.
+            if len(sized) < len(able):
+                continue
+            steps = min(choice.steps for choice in sized.values())
+            equal = {d: replace(c, steps=steps) for d, c in sized.items()}
+            lowest = min(c.offer.share for c in sized.values())
+            brings = lowest * (steps if self.policy.local_steps else 1)
+            if brings > most + 1e-12:
+                capped = {x.device_id: x.best(round_s, most_share=lowest) for x in able}
+                best = {d: replace(c, steps=min(steps, c.steps)) for d, c in capped.items() if c}
+                best = best if len(best) == len(able) else equal
+                most = brings
+        return best
 
-    def too_slow(self, deadline_s: float) -> str:
-        work = self.least(self.least_steps, evaluates=self.sizes.policy.measuring[-1])
-        cost = round_seconds(self.shape, self.profile, work)
-        return (
-            f"{self.device_id} is too slow: rank {work.rank} and {_count(work.local_steps, 'step')}"
-            f" need {_s(cost.total_s)} (fetch {_s(cost.fetch_s)}, train {_s(cost.train_s)}, "
-            f"evaluate {_s(cost.evaluate_s)}, send {_s(cost.push_s)}), the round is "
-            f"{_s(deadline_s)}; allow longer rounds or fewer tokens per step"
-        )
+    def _fewest_bytes(self, round_s: float) -> Chosen:
+        """The smallest part for everybody at which the rank is covered, in the fewest bytes."""
+        found: Chosen = {}
+        for share in _shares(self.searches):
+            found = self._each(
+                lambda x, s=share: x.best(round_s, most_share=s, least_bytes=True)  # type: ignore[misc]
+            )
+            if self.coverage(found) >= self.policy.coverage - 1e-9 and len(found) == len(
+                self._each(lambda x: x.best(round_s))
+            ):
+                break
+        return found
 
-    def plan(self, work: LocalWork, offset: int, round_s: float) -> DevicePlan:
-        cost = round_seconds(self.shape, self.profile, work)
-        peak = device_peak_bytes(self.shape, self.profile, work)
-        return DevicePlan(
-            device_id=self.device_id,
-            rank=work.rank,
-            sketch_offset=offset,
-            precision=work.precision,
-            sequence_tokens=work.sequence_tokens,
-            micro_batch=work.micro_batch,
-            accumulation=work.accumulation,
-            checkpointing=work.checkpointing,
-            local_steps=work.local_steps,
-            evaluates_global=work.evaluates_global,
-            reason=_reason(self, work, cost, peak, round_s),
-            predicted=cost,
-            predicted_peak_bytes=peak,
-            density=work.density,
-        )
+    # --- who stays ------------------------------------------------------------------------------
+
+    def kept(self, chosen: Chosen, before: Mapping[str, DevicePlan], round_s: float) -> Chosen:
+        """The choices, with what a device did before wherever the new one is not clearly better.
+
+        It is when `CLEAR_STEP` times as much would be done in a round shorter by `HOLD` and, if it
+        takes more memory, some is left; or when what the device did before no longer fits. Not
+        where rows would go untrained.
+        """
+        if not before:
+            return chosen
+        held: Chosen = {}
+        sure = self.chosen(round_s / HOLD)
+        for x in self.searches:
+            new = chosen.get(x.device_id)
+            old = x.again(before[x.device_id], HOLD * round_s) if x.device_id in before else None
+            if old is not None and not self._clearly_better(x, new, sure.get(x.device_id), old):
+                held[x.device_id] = old
+            elif new is not None:
+                held[x.device_id] = new
+        if self.policy.aim == "fairest" and len({_part(c) for c in held.values()}) > 1:
+            return chosen  # all or none: a share that only some keep is not equal
+        target = min(self.policy.coverage, self.coverage(chosen)) - 1e-9
+        return held if self.coverage(held) >= target else chosen
+
+    def _clearly_better(
+        self, x: Search, new: Choice | None, sure: Choice | None, old: Choice
+    ) -> bool:
+        if new is None or sure is None:
+            return False
+        if new.work.evaluates_global and not old.work.evaluates_global:
+            return True  # measuring comes first
+        if self.policy.aim == "cheapest":
+            fewer = new.offer.moved_bytes * CLEAR_STEP <= old.offer.moved_bytes
+            return fewer or x.value(sure) >= CLEAR_STEP * x.value(old)
+        if x.value(sure) < CLEAR_STEP * x.value(old) - 1e-9:
+            return False
+        more = x.peak_bytes(new.work) > x.peak_bytes(old.work)
+        return not more or x.peak_bytes(new.work) <= ROOM_TO_GROW * x.memory_bytes
 
 
-def _fit_memory(
-    shape: ModelShape, sizes: _Sizes, device_id: str, profile: DeviceProfile
-) -> _Fit | str:
-    """Settings for a device's memory, or the sentence why none fits.
+def _part(choice: Choice) -> tuple[float, int]:
+    return choice.offer.share, choice.steps
 
-    Goes down from what is wanted: checkpointing on, then the micro-batch halved (accumulation
-    doubled, so the batch stays), until memory no longer limits k; else takes the largest k seen.
-    "auto" takes the most precise base on which that happens. The whole adapter is evaluated
-    unless a device could not train beside it.
-    """
-    p = sizes.policy
-    levels = p.levels
-    budget = profile.trainer_bytes
-    precisions = AUTO_PRECISIONS if p.precision == "auto" else (p.precision,)
-    for evaluates in p.measuring:
-        best: _Fit | None = None
-        for precision in precisions:
-            for work in _concessions(sizes, precision, evaluates=evaluates):
 
-                def peak(level: Level, work: LocalWork = work) -> int:
-                    return device_peak_bytes(shape, profile, sizes.at(work, level))
+def _shares(searches: Sequence[Search]) -> list[float]:
+    """Every share that some device could take, ascending."""
+    return sorted({round(o.share, 12) for x in searches for o in x.offers})
 
-                count = bisect_right(levels, budget, key=peak)
-                if not count:
-                    continue
-                if best is None or count > len(best.levels):
-                    best = _Fit(shape, sizes, device_id, profile, work, levels[:count])
-                if count == len(levels):
-                    return best
-        if best is not None:
-            return best
-    least = _concessions(sizes, precisions[-1], evaluates=p.measuring[-1])[-1]
-    return (
-        f"{device_id} does not fit: needs "
-        f"{_gb(device_peak_bytes(shape, profile, least))} at {least.precision} and rank "
-        f"{least.rank}, the device has {_gb(budget)}; use a smaller base or a lower precision"
+
+def _tidy(seconds: float, longest_s: float) -> float:
+    return min(longest_s, round(math.ceil(seconds / DEADLINE_STEP_S - 1e-9) * DEADLINE_STEP_S, 1))
+
+
+def _plan(
+    fleet: _Fleet, search: Search, choice: Choice, offset: int, round_s: float, *, stays: bool
+) -> DevicePlan:
+    work = choice.work
+    return DevicePlan(
+        device_id=search.device_id,
+        rank=work.rank,
+        sketch_offset=offset,
+        precision=work.precision,
+        sequence_tokens=work.sequence_tokens,
+        micro_batch=work.micro_batch,
+        accumulation=work.accumulation,
+        checkpointing=work.checkpointing,
+        local_steps=work.local_steps,
+        evaluates_global=work.evaluates_global,
+        reason=reason(search, choice, round_s, fleet.policy, stays=stays),
+        predicted=search.cost(work),
+        predicted_peak_bytes=search.peak_bytes(work),
+        density=work.density,
+        update_encoding=choice.offer.encoding,
+        uncorrected_peak_bytes=search.uncorrected_peak_bytes(work),
+        time_factor=search.correction.time,
     )
-
-
-def _concessions(sizes: _Sizes, precision: Precision, *, evaluates: bool) -> list[LocalWork]:
-    """Settings from what is wanted to what needs the least memory."""
-    wanted = sizes.policy.checkpointing
-    work = sizes.wanted(precision, checkpointing=wanted is True, evaluates=evaluates)
-    ladder = [work]
-    if wanted == "auto":
-        work = replace(work, checkpointing=True)
-        ladder.append(work)
-    while work.micro_batch > 1:
-        parts = 2 if work.micro_batch % 2 == 0 else work.micro_batch
-        work = replace(
-            work,
-            micro_batch=work.micro_batch // parts,
-            accumulation=work.accumulation * parts,
-        )
-        ladder.append(work)
-    return ladder
-
-
-def _deadline(policy: PlanPolicy, fits: list[_Fit]) -> float:
-    """The given length, or the smallest one that serves the fleet.
-
-    Smallest: the sum of k at full steps reaches coverage * r (or what the longest round would
-    reach), and whoever could do the least work within the longest round can still do it.
-    """
-    longest = policy.deadline_s
-    if policy.round_s is not None or not fits:
-        return longest
-
-    def covered(deadline_s: float) -> float:
-        plans = (fit.largest(fit.work, deadline_s) for fit in fits)
-        return sum(w.rank * w.density / policy.density for w in plans if w is not None)
-
-    low = max((s for fit in fits if (s := fit.shortest(longest)) is not None), default=0.0)
-    target = min(policy.coverage * policy.rank, covered(longest))
-    high = longest
-    if covered(low) >= target:
-        high = low
-    while high - low > DEADLINE_STEP_S / 2:
-        middle = (low + high) / 2
-        low, high = (low, middle) if covered(middle) >= target else (middle, high)
-    tidy = math.ceil(high / DEADLINE_STEP_S) * DEADLINE_STEP_S
-    return min(longest, max(SHORTEST_ROUND_S, round(tidy, 1)))
-
-
-def _reason(fit: _Fit, work: LocalWork, cost: Cost, peak: int, round_s: float) -> str:
-    """Which constraint binds k, in numbers, what the other would allow, and what was given up."""
-    policy = fit.sizes.policy
-    budget = fit.profile.trainer_bytes
-    level, top = Level(work.rank, work.density), policy.levels[-1]
-    if level == top:
-        whole = "the whole rank fits" if level.rank == policy.rank else "no more rows are wanted"
-        why = (
-            f"{whole}; the round takes {_s(cost.total_s)} of {_s(round_s)}, "
-            f"memory {_gb(peak)} of {_gb(budget)}"
-        )
-    elif level == fit.levels[-1]:
-        faster = replace(fit, levels=policy.levels).largest(work, round_s)
-        allowed = faster.rank if faster else work.rank
-        why = (
-            f"memory of {_gb(budget)} allows no more at {work.precision} (this k needs "
-            f"{_gb(peak)}); the {_s(round_s)} round would allow {allowed}"
-        )
-    else:
-        why = f"{_time_bound(fit, cost, round_s)}; memory would allow {_named(fit.levels[-1])}"
-    return "; ".join([f"k={_named(level)}: {why}", *_concessions_made(policy, work)])
-
-
-def _named(level: Level) -> str:
-    return f"{level.rank}" if level.density == 1 else f"{level.rank} at {level.density:.3g}"
-
-
-def _time_bound(fit: _Fit, cost: Cost, round_s: float) -> str:
-    link = fit.profile.link or ASSUMED_LINK
-    assumed = "" if fit.profile.link else " (assumed, not measured)"
-    local_s = cost.train_s + cost.evaluate_s
-    if local_s > cost.push_s + cost.fetch_s:
-        return (
-            f"training and evaluating take {_s(local_s)} of a {_s(round_s)} round, moving "
-            f"{_mb(cost.up_bytes + cost.down_bytes)} takes {_s(cost.push_s + cost.fetch_s)}"
-        )
-    moving_s = cost.push_s + cost.fetch_s
-    return (
-        f"sending {_mb(cost.up_bytes)} at {link.up_bps / 1e6:.3g} Mbit/s and fetching "
-        f"{_mb(cost.down_bytes)} at {link.down_bps / 1e6:.3g} Mbit/s{assumed} take {_s(moving_s)} "
-        f"of the {_s(round_s - local_s)} left of a {_s(round_s)} round"
-    )
-
-
-def _concessions_made(policy: PlanPolicy, work: LocalWork) -> list[str]:
-    made = []
-    if work.checkpointing and policy.checkpointing == "auto":
-        made.append("checkpointing on to save memory")
-    if work.micro_batch < policy.micro_batch:
-        made.append(f"micro-batch {work.micro_batch} instead of {policy.micro_batch} for memory")
-    if work.local_steps < policy.local_steps:
-        made.append(f"{_count(work.local_steps, 'step')} of {policy.local_steps} for time")
-    if policy.evaluates_global and not work.evaluates_global:
-        made.append("the whole adapter is not evaluated, it would not fit")
-    return made
-
-
-def _s(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def _mb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.3g} MB"
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e9:.2f} GB"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

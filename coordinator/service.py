@@ -22,6 +22,7 @@ from profiles.device import DeviceProfile
 from protos.contract import (
     ContractError,
     LocalReport,
+    Progress,
     Reason,
     RefusalError,
     from_message,
@@ -30,11 +31,12 @@ from protos.contract import (
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import status_of
-from protos.transfer import CHUNK_BYTES, MAX_MESSAGE_BYTES, chunks, crc32
+from protos.transfer import CHUNK_BYTES, MAX_MESSAGE_BYTES, ChunkSize, chunks, crc32
 
 log = logging.getLogger("sketchfleet.coordinator")
 
 MAX_WAIT_S = 50.0  # NATs and proxies cut idle calls at a minute and up
+PROBE_BLOCK_BYTES = 16 * 1024
 MAX_PROBE_BYTES = 4 << 20
 R = TypeVar("R")
 Handler = Callable[[Any, Any, Any], Awaitable[R]]
@@ -138,7 +140,12 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
         if request.HasField("profile"):
             profile = from_message(request.profile, DeviceProfile)
         wait_s = min(max(0.0, request.wait_s), MAX_WAIT_S)  # in this order NaN becomes 0
-        task = await self._engine.next_task(device_id, profile, request.working_on, wait_s)
+        progress = None
+        if request.HasField("progress"):
+            progress = from_message(request.progress, Progress)
+        task = await self._engine.next_task(
+            device_id, profile, request.working_on, wait_s, progress
+        )
         return _task_message(task)
 
     @answered
@@ -166,7 +173,7 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
                 reply = min(message.reply_bytes, MAX_PROBE_BYTES)
                 break
         yield pb.ProbeResponse(timed_bytes=timed, timed_s=time.perf_counter() - started)
-        block = _noise(CHUNK_BYTES // 8)
+        block = _noise(PROBE_BLOCK_BYTES)
         for offset in range(0, reply, len(block)):
             yield pb.ProbeResponse(payload=block[: reply - offset])
 
@@ -186,7 +193,7 @@ class TransferService(_Authenticated, rpc.TransferServiceServicer):
         except (RefusalError, UnknownBlobError) as error:
             await _refuse(context, error)
             return
-        for offset, data in chunks(path, max(0, request.offset)):
+        for offset, data in chunks(path, max(0, request.offset), ChunkSize()):
             yield pb.FetchResponse(offset=offset, data=data, crc32=crc32(data))
 
     @answered

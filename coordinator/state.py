@@ -17,8 +17,10 @@ import numpy as np
 from coordinator.lowrank import Bundle, Matrix32
 from coordinator.methods import Method, ModuleState
 from protos.contract import AdapterSpec, Encoding, Part, Payload
-from protos.packing import PackedWriter, Parts, open_packed
+from protos.layout import Parts
+from protos.packing import PackedWriter
 from protos.sketch import initial_down
+from protos.unpacking import open_packed
 
 MASTER: Encoding = "float32"
 ADAPTER, SIDE, MOMENT = "adapter", "side", "moment."  # a moment's role ends with its name

@@ -21,8 +21,9 @@ from profiles.cost import LINK_EFFICIENCY
 from profiles.device import ComputeProfile, DeviceProfile
 from profiles.link import LinkProfile
 from protos.contract import LocalReport, Objective, Payload, Pruning
-from protos.packing import packed_bytes, unpack
+from protos.layout import packed_bytes
 from protos.sketch import slice_rows
+from protos.unpacking import unpack
 
 RANK, ALPHA = 8, 16.0
 DEVICES = ("a", "b", "c")
@@ -325,9 +326,9 @@ def test_seeds_differ_by_device_and_round_and_stay_the_same_otherwise(desk):
 def test_what_varies_between_devices_is_what_the_method_allows(desk, name):
     on = desk(name, round={"round_s": 10.0})
     whole = packed_bytes(on.spec, Payload(RANK, "int8", on.method.sent(1), on.method.density))
-    # Four fifths of the whole in nine of the ten seconds.
-    four_fifths = LinkProfile(0.8 * 8 * whole / 9 / LINK_EFFICIENCY, 1e8, 0.0)
-    profiles = {"fast": on.profile(), "slow": on.profile(link=four_fifths)}
+    # Nine tenths of the whole in nine of the ten seconds, on a link that hardly varies.
+    nine_tenths = LinkProfile(0.9 * 8 * whole / 9 / LINK_EFFICIENCY, 1e8, 0.0, variation=0.01)
+    profiles = {"fast": on.profile(), "slow": on.profile(link=nine_tenths)}
     plan = on.issuer.plan(PlanRound(1, tuple(profiles), False), profiles)
     got = {p.device_id: (p.rank, p.density) for p in plan.devices}
     assert got["fast"] == (RANK, on.method.density)
@@ -365,6 +366,54 @@ def test_only_methods_that_prune_heed_such_reports(desk):
     on.records.put_report(LocalReport("run.1.a", "done", train_examples=1, kept_rank=2))
     _, plan = on.plan(round_=2)
     assert {p.rank for p in plan.devices} == {RANK}
+
+
+def test_what_devices_reported_is_learnt_from_the_database_alone(desk):
+    on = desk("fslora")
+    asked, plan = on.plan()
+    on.records.open_round("run", 1, False, 0.0, 1.0, on.issuer.issue(asked, plan))
+    on.records.put_report(LocalReport("run.1.a", "out_of_memory"))
+    by_name = {p.device_id: p for p in plan.devices}
+    b = by_name["b"]
+    on.records.put_report(
+        LocalReport(
+            "run.1.b", "done", train_examples=1, train_s=3 * b.predicted.train_s,
+            evaluate_s=3 * b.predicted.evaluate_s, peak_bytes=int(1.5 * b.uncorrected_peak_bytes),
+        )
+    )  # fmt: skip
+    _, after = on.plan(round_=2)
+    later = {p.device_id: p for p in after.devices}
+    assert "80% of its memory since it ran out once" in later["a"].reason
+    assert later["b"].time_factor == pytest.approx(3.0)
+    assert later["b"].uncorrected_peak_bytes == pytest.approx(b.uncorrected_peak_bytes, rel=0.1)
+    assert later["b"].predicted_peak_bytes > 1.4 * b.predicted_peak_bytes
+    assert "50% of the steps since it failed or was not heard of once" in later["c"].reason
+    assert on.plan(round_=2)[1] == after
+
+
+def test_a_device_keeps_what_it_did_while_nothing_clear_changes(desk):
+    on = desk("fslora")
+    asked, plan = on.plan()
+    on.records.open_round("run", 1, False, 0.0, 1.0, on.issuer.issue(asked, plan))
+    for p in plan.devices:
+        on.records.put_report(
+            LocalReport(
+                f"run.1.{p.device_id}", "done", train_examples=1,
+                train_s=1.15 * p.predicted.train_s, evaluate_s=1.15 * p.predicted.evaluate_s,
+            )
+        )  # fmt: skip
+    _, after = on.plan(round_=2)
+    assert [(p.rank, p.local_steps) for p in after.devices] == [
+        (p.rank, p.local_steps) for p in plan.devices
+    ]
+
+
+def test_what_the_run_asks_of_training_and_evaluation_is_in_the_assignment(desk):
+    training = {"optimizer": "adamw8bit", "fill_in_middle": 0.5}
+    on = desk("fslora", training=training, evaluation={"completions": 7}, wire={"update": "auto"})
+    a = on.issue()["a"]
+    assert (a.optimizer, a.fill_in_middle, a.completions) == ("adamw8bit", 0.5, 7)
+    assert a.update.encoding == "bfloat16"
 
 
 def test_recorded_plans_are_followed_and_only_for_their_rounds(desk):

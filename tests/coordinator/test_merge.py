@@ -17,17 +17,12 @@ from coordinator.methods import METHODS, MethodOptions, ModuleState, WeightError
 from coordinator.server_optimizer import Plain, make_optimizer
 from coordinator.state import StateFile, StateReader, StateWriter
 from profiles.model import ModuleShape
+from protos.codecs import NonFiniteError
 from protos.contract import AdapterSpec, Assignment, Payload
-from protos.packing import (
-    NonFiniteError,
-    WrongAssignmentError,
-    WrongEncodingError,
-    WrongSizeError,
-    WrongSpecError,
-    pack,
-    unpack,
-)
+from protos.layout import WrongAssignmentError, WrongEncodingError, WrongSizeError, WrongSpecError
+from protos.packing import pack
 from protos.sketch import initial_down, slice_rows
+from protos.unpacking import unpack
 
 RANK = 6
 SHAPES = (ModuleShape("q", 5, 9), ModuleShape("down", 12, 7))

@@ -30,7 +30,8 @@ from coordinator.methods import (
 from coordinator.server_optimizer import make_optimizer
 from profiles.model import ModuleShape
 from protos.contract import AdapterSpec, Payload
-from protos.packing import pack, packed_bytes
+from protos.layout import packed_bytes
+from protos.packing import pack
 from protos.sketch import initial_down, sketch_rows
 
 RANK = 6
@@ -502,11 +503,14 @@ def test_bytes_are_those_of_what_the_method_sends(case, version):
     for k, encoding in itertools.product(sizes, ("float32", "bfloat16", "int8")):
         update = make_update(method, spec, state, version, k=k)
         up = Payload(k, encoding, method.sent(version), method.density)
-        assert len(pack(spec, up, {"m": update.delta})) == packed_bytes(spec, up)
+        found = [(up, len(pack(spec, up, {"m": update.delta})))]
         for file in method.files(version):
             down = Payload(k, encoding, file, method.density)
             values = {part: update.start.values(part) for part in file}
-            assert len(pack(spec, down, {"m": values})) == packed_bytes(spec, down)
+            found.append((down, len(pack(spec, down, {"m": values}))))
+        for payload, size in found:  # where values are left out, which ones takes some bytes
+            most = packed_bytes(spec, payload)
+            assert size == most if method.density == 1 else size <= most
 
 
 @every_method

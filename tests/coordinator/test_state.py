@@ -22,8 +22,9 @@ from coordinator.state import (
     write_initial,
 )
 from profiles.model import ModuleShape
+from protos.codecs import PackingError
 from protos.contract import AdapterSpec, Payload
-from protos.packing import PackingError, WrongShapeError, packed_bytes
+from protos.layout import WrongShapeError, packed_bytes
 from protos.sketch import initial_down
 
 MODULES = (ModuleShape("q", 5, 9), ModuleShape("down", 12, 7))
