@@ -1,4 +1,4 @@
-"""sketchfleet-trial: demo, compare. Imports nothing heavy until it runs."""
+"""sketchfleet-trial: demo, compare, capped. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     compare.add_argument(
         "--methods", default="", metavar="A,B,...", help="names as in run.toml (default: all)"
     )
+    capped = commands.add_parser(
+        "capped", help="boards capped by the kernel: planned, against all at the smallest rank"
+    )
+    capped.add_argument("--out", type=Path, default=Path("capped-output"), metavar="FOLDER")
+    capped.add_argument("--rounds", type=int, default=6, help="training rounds (default: 6)")
     for command in (demo, compare):
         command.add_argument(
             "--data", action="append", default=[], metavar="NAME=FOLDER", help=OWN_DATA
@@ -40,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
             from trials.demo import demo as run_demo
 
             return run_demo(args.out, args.rounds, args.data)
+        if args.command == "capped":
+            from trials.capped import capped as run_capped
+
+            return run_capped(args.out, args.rounds)
         from trials.compare import compare as run_compare
 
         methods = [name.strip() for name in args.methods.split(",") if name.strip()]

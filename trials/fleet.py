@@ -21,6 +21,7 @@ from typing import Any
 
 from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
+from trials.caps import KernelCap
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -43,6 +44,7 @@ class DeviceSetup:
     up: str = ""
     down: str = ""
     delay_ms: float = 0.0
+    cap: KernelCap | None = None  # what the kernel lets the agent and its trainer have
 
 
 def free_port() -> int:
@@ -121,7 +123,8 @@ class LocalFleet:
             "limits": {"memory_mb": device.memory_mb, "threads": 1},
             "state": {"folder": "state"},
         })  # fmt: skip
-        self._start(device.name, "edge_agent.cli", "run", "--config", str(folder / "agent.toml"))
+        self._start(device.name, "edge_agent.cli", "run", "--config", str(folder / "agent.toml"),
+                    cap=device.cap)  # fmt: skip
 
     def start(self) -> None:
         """Starts everything, the coordinator first."""
@@ -216,10 +219,11 @@ class LocalFleet:
             time.sleep(0.05)
         raise FleetError(f"the link of {device.name} did not come up; see {self.log(name)}")
 
-    def _start(self, name: str, module: str, *arguments: str) -> None:
+    def _start(self, name: str, module: str, *arguments: str, cap: KernelCap | None = None) -> None:
+        command = [sys.executable, "-m", module, *arguments]
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                command if cap is None else cap.wrap(command),
                 stdout=log, stderr=log, env=environment(), start_new_session=True,
             )  # fmt: skip
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edge_agent.training.corpus import Corpus, CorpusError, SourceFile, scan, tokenise
+from edge_agent.training.corpus import scan
+from edge_agent.training.documents import Corpus, CorpusError, Document
+from trials.stream import tokenise
 
 EVALUATED_SEQUENCES = 96
 # Label -> pattern under site-packages, language. None of it is trained on.
@@ -36,7 +38,7 @@ PROMPTS = (
 
 
 def bits_per_byte(
-    model: Any, tokenizer: Any, files: Sequence[SourceFile], most: int = EVALUATED_SEQUENCES
+    model: Any, tokenizer: Any, files: Sequence[Document], most: int = EVALUATED_SEQUENCES
 ) -> tuple[float, float]:
     """(bits per byte, next-token accuracy) over at most `most` packed sequences."""
     context = int(model.config.max_position_embeddings)

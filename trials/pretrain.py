@@ -31,8 +31,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from edge_agent.training.corpus import Corpus, SourceFile, scan, tokenise
+from edge_agent.training.corpus import scan
+from edge_agent.training.documents import Corpus, Document
 from trials.model_card import bits_per_byte, write_card
+from trials.stream import tokenise
 
 # Distribution name -> import folder, and how many files at most: the larger ones repeat themselves.
 PACKAGES: dict[str, tuple[str, int]] = {
@@ -96,7 +98,7 @@ def collect() -> tuple[Corpus, Corpus]:
         if p.is_dir() and p.name not in ("site-packages", "dist-packages", "ensurepip")
         and not p.name.startswith("config-")
     )], exclude=EXCLUDE, **keep)  # fmt: skip
-    files: dict[str, SourceFile] = {}
+    files: dict[str, Document] = {}
     for distribution, (folder, most) in PACKAGES.items():
         licence_of(distribution)
         root = Path(paths["purelib"]) / folder
@@ -105,7 +107,7 @@ def collect() -> tuple[Corpus, Corpus]:
     return stdlib, Corpus(tuple(files[d] for d in sorted(files)))
 
 
-def train_tokenizer(files: list[SourceFile]) -> Any:
+def train_tokenizer(files: list[Document]) -> Any:
     """Byte-level BPE of `VOCABULARY` entries; a line break and its indent are one piece."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
