@@ -38,11 +38,12 @@ from protos.contract import (
     ProfileRequest,
     from_message,
 )
-from protos.packing import pack, unpack
+from protos.packing import pack
 from protos.sketch import initial_down, slice_rows
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import reason_of
+from protos.unpacking import unpack
 
 BASES = Path()  # shared, since the place of a base is part of what a run's devices agree on
 RANK = 8
@@ -443,7 +444,7 @@ class Fleet:
 UNEQUAL = {
     "ash": {},
     "birch": {"tokens_per_s": 170.0},
-    "cedar": {"up_bps": 5000.0},
+    "cedar": {"up_bps": 5000.0, "down_bps": 12_000.0},
 }
 
 

@@ -26,11 +26,11 @@ HELP_CPU_S = 0.5
 HEAVY = ("torch", "transformers", "grpc", "sqlalchemy", "matplotlib", "rich", "numpy", "psutil")
 HELPS = [
     ("coordinator.cli",),
-    *(("coordinator.cli", c) for c in ("serve", "devices", "runs", "report", "export")),
+    *(("coordinator.cli", c) for c in ("serve", "devices", "runs", "report", "export", "plan")),
     ("edge_agent.cli",),
-    *(("edge_agent.cli", c) for c in ("run", "probe", "status", "export", "generate")),
+    *(("edge_agent.cli", c) for c in ("run", "probe", "doctor", "status", "export", "generate")),
     ("trials.cli",),
-    *(("trials.cli", c) for c in ("demo", "compare")),
+    *(("trials.cli", c) for c in ("demo", "compare", "capped")),
 ]
 LLAMA = {
     "model_type": "llama",
@@ -456,8 +456,8 @@ def agent(config: Path) -> Said:
     [
         ("[data", ["not valid TOML"]),
         ("", ["[data] is missing"]),
-        ("[data]\n", ["[data] lacks 'include'"]),
-        ("[data]\ninclude = []\n", ["[data] include", "at least 1"]),
+        ("[data]\n", ["[data] names no code", "give include"]),
+        ("[data]\ninclude = []\n", ["[data] names no code", "give include"]),
         ("[data]\ninclude = ['a']\nexlude = ['b']\n", ["exlude", "mean 'exclude'"]),
         ("[data]\ninclude = ['a']\n[limit]\nthreads = 1\n", ["limit", "mean 'limits'"]),
         ("[data]\ninclude = ['a']\n[limits]\nmemory_mb = 'all'\n", ["[limits] memory_mb"]),
@@ -506,11 +506,11 @@ def test_folders_without_source_code_are_explained_by_what_was_skipped(tmp_path:
     (folder / "notes.txt").write_text("no code")
     said = agent(agent_toml(tmp_path, data={"include": ["odds"]}))
     assert_one_sentence(
-        said, "no source files", "1 binary", "1 empty", "1 not source code", logs_first=True
+        said, "no usable code", "1 binary", "1 empty", "1 not source code", logs_first=True
     )
     (tmp_path / "nothing").mkdir()
     said = agent(agent_toml(tmp_path, data={"include": ["nothing"]}))
-    assert_one_sentence(said, "no source files", "no files", logs_first=True)
+    assert_one_sentence(said, "no usable code", "no files", logs_first=True)
 
 
 def test_a_state_folder_the_agent_cannot_use_is_named(tmp_path: Path) -> None:
@@ -571,6 +571,17 @@ def test_probe_works_without_a_coordinator(tmp_path: Path) -> None:
     said = run("edge_agent.cli", "probe", "--json", "--config", str(agent_toml(tmp_path)))
     assert said.code == 0, said.err
     assert json.loads(said.out)["memory_total_bytes"] > 0
+
+
+def test_doctor_names_what_is_wrong_and_ends_with_one(tmp_path: Path) -> None:
+    path = agent_toml(tmp_path, trainer={"python": "/no/such/python"})
+    said = run("edge_agent.cli", "doctor", "--config", str(path))
+    assert said.code == 1 and said.err == "", said
+    assert "fail trainer" in said.out and "[trainer] python" in said.out
+    said = run("edge_agent.cli", "doctor", "--json", "--config", str(path))
+    found = {finding["name"]: finding for finding in json.loads(said.out)}
+    assert said.code == 1 and found["trainer"]["state"] == "fail" and found["trainer"]["mend"]
+    assert found["python"]["state"] == "ok"
 
 
 # --- trials -----------------------------------------------------------------------------------

@@ -15,11 +15,22 @@ from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.membership import Membership, MembershipError
 from protos.contract import BlobRef, LocalReport, Payload, Reason
-from protos.packing import packed_bytes
+from protos.layout import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
-from protos.transfer import CHUNK_BYTES, MAX_MESSAGE_BYTES, crc32
+from protos.transfer import MAX_MESSAGE_BYTES, crc32
 
 ONE = {"names": ("ash",), "round": {"min_devices": 1}}
+
+
+CHUNK_BYTES = 128 * 1024
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that a slice of some megabytes takes many."""
+    from coordinator import service
+
+    monkeypatch.setattr(service, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def large(harness):
@@ -100,18 +111,6 @@ async def test_an_outage_longer_than_its_patience_ends_a_push_and_an_agent_has_n
         assert not pushing.done()
         await fleet.coordinator.start()
         assert (await pushing)[1] == "accepted"
-
-
-def test_chunks_follow_the_link():
-    """Four fixed chunks in flight would never end on a slow link: 4 x 128 KiB at 50 kbit/s."""
-    link, sizes = Link.__new__(Link), []
-    link._chunk_bytes = link_module.FIRST_CHUNK_BYTES
-    for seconds in [15.0] * 5 + [5.0] + [0.1] * 8:
-        link._adapt(seconds, CHUNK_BYTES)
-        sizes.append(link._chunk_bytes)
-    assert sizes[:5] == [16384, 8192, 4096, 4096, 4096]
-    assert sizes[5] == 4096, "neither slow nor quick: as it was"
-    assert sizes[-1] == CHUNK_BYTES and max(sizes) == CHUNK_BYTES
 
 
 async def test_a_push_after_a_restart_of_the_device_resumes_too(harness, tmp_path, impatient):
@@ -232,9 +231,9 @@ def note_fetches(monkeypatch):
 
     real, offsets = service.chunks, []
 
-    def noting(path, offset):
+    def noting(path, offset, size):
         offsets.append(offset)
-        return real(path, offset)
+        return real(path, offset, size)
 
     monkeypatch.setattr(service, "chunks", noting)
     return offsets
@@ -268,10 +267,10 @@ async def test_a_fetch_goes_on_after_the_coordinator_died(
         slice_ = await one_slice(device)
         real, offsets, halfway = service.chunks, [], asyncio.Event()
 
-        def breaking(path, offset):
+        def breaking(path, offset, size):
             offsets.append(offset)
-            for number, piece in enumerate(real(path, offset)):
-                if len(offsets) == 1 and number == 5:
+            for number, piece in enumerate(real(path, offset, size)):
+                if len(offsets) == 1 and number == 3:
                     halfway.set()
                     raise ConnectionResetError
                 yield piece

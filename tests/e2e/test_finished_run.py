@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.lowrank import Bundle
 from protos.contract import AdapterSpec, Payload
-from protos.packing import packed_bytes
+from protos.layout import packed_bytes
 from tests.e2e.conftest import RANK, ROUNDS, RUN, Outcome, Yard
 
 pytestmark = pytest.mark.e2e
