@@ -82,7 +82,7 @@ def run_sections(rounds: int) -> dict[str, dict[str, Any]]:
             "precision": "nf4", "sequence_tokens": 128, "micro_batch": 4, "local_steps": 30,
             "min_local_steps": 15, "learning_rate": 3e-3, "checkpointing": False,
         },
-        "round": {"min_devices": 4, "gather_s": 1, "quorum": 0.75, "round_s": 22,
+        "round": {"min_devices": 4, "gather_s": 1, "quorum": 0.75, "round_s": 30,
                   "max_round_s": 120, "min_rank": 8},
         "wire": {"update": "int8", "slice": "bfloat16", "global_adapter": "bfloat16"},
         "evaluation": {"every_rounds": 2, "sequences": 24, "held_out_share": 0.2},
