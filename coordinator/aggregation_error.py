@@ -92,34 +92,23 @@ def _image_of_ideal(
         and before.core is None
     )
     image = np.zeros((len(probes), start.up.shape[1]), np.float32)
-    near: list[tuple[ModuleUpdate, float]] = []  # those whose rows were cut from `before`
-    for update, share in zip(updates, shares, strict=True):
-        if plain and update.on_time:
-            near.append((update, float(share)))
-        else:
-            image += np.float32(share) * method.contribution(before, update).apply(probes)
-    if not near:
-        return image
-    # B_i A_i x = (B + dB)(A x + dA x) with B, A the rows everybody started from.
-    rows = np.concatenate([update.rows for update, _ in near])
-    ends = np.cumsum([update.k for update, _ in near])
     columns = np.ascontiguousarray(probes.T)
     started = start.down @ columns  # (r, q)
-    inside = started[rows]
-    factor, lift = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32)
-    for (update, share), end in zip(near, ends, strict=True):
-        own = slice(end - update.k, end)
-        if (down := update.delta.get("down")) is not None:
-            inside[own] += down @ columns
-        scale = start.scale * update.lift  # s_i
-        factor[own] = share * scale * (start.rank / update.k if method.scaling == "sketch" else 1)
-        lift[own] = update.lift
-    inside *= factor[:, None]
-    for (update, _), end in zip(near, ends, strict=True):
-        if (up := update.delta.get("up")) is not None:
-            image += inside[end - update.k : end].T @ up
     gathered = np.zeros_like(started)  # what the rows of B at the start are to be combined with
-    np.add.at(gathered, rows, inside / lift[:, None])
+    for update, share in zip(updates, shares, strict=True):
+        if not (plain and update.on_time):
+            image += np.float32(share) * method.contribution(before, update).apply(probes)
+            continue
+        # B_i A_i x = (B + dB)(A x + dA x) with B, A the rows everybody started from.
+        inside = started[update.rows]
+        if (down := update.delta.get("down")) is not None:
+            inside += down @ columns
+        scale = start.scale * update.lift  # s_i
+        sketch = start.rank / update.k if method.scaling == "sketch" else 1.0
+        inside *= np.float32(share * scale * sketch)
+        if (up := update.delta.get("up")) is not None:
+            image += inside.T @ up
+        gathered[update.rows] += inside / np.float32(update.lift)
     image += gathered.T @ start.up
     return image
 

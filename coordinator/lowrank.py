@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from profiles.errors import SketchfleetError
 from protos.sketch import keyed_stream
@@ -24,8 +24,7 @@ Rows = NDArray[np.int64]
 Matrix32 = NDArray[np.float32]
 Matrix64 = NDArray[np.float64]
 
-SCRATCH = 1 << 15  # float64 values scaled at once: 256 KiB, so the passes over them meet in cache
-SCRATCH_SINGLE = 1 << 17  # float32 values scaled at once: 512 KiB
+SCRATCH_BYTES = 1 << 19  # of values scaled at once, so that the passes over them meet in cache
 NARROW = 1024  # columns below which one indexed addition beats a loop over its rows
 GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices, at most
 GRAM_SCRATCH = 1 << 20  # values turned to float64 at once: 8 MiB
@@ -85,7 +84,7 @@ class Bundle:
         if scale == self.scale:
             return self
         up = np.empty(self.up.shape, dtype=np.float32)
-        for part, block in _scaled(self.up, self.scale / scale):
+        for part, block in _scaled([(self.scale / scale, self.up)], np.float64):
             up[part] = block
         return Bundle(up, self.down, scale)
 
@@ -114,9 +113,10 @@ class ErrorEnergy:
     exact: bool
 
 
-def add_rows(total: Matrix32 | Matrix64, rows: Rows, factor: float, values: Matrix32) -> None:
-    """Adds factor * values (k, w) to `rows` (k,) of `total` (., w) in place.
+def add_rows(total: Matrix32 | Matrix64, rows: Rows, *pieces: tuple[float, Matrix32]) -> None:
+    """Adds factor * values (k, w) to `rows` (k,) of `total` in place, for pieces (factor, values).
 
+    The pieces lie side by side in the columns of `total`: one addition takes a row of them all.
     Rows are distinct and sorted. Every value is multiplied and then added in the precision of
     `total`, so the bits do not depend on how rows lie.
     """
@@ -124,10 +124,7 @@ def add_rows(total: Matrix32 | Matrix64, rows: Rows, factor: float, values: Matr
         return
     first, narrow = int(rows[0]), total.shape[1] < NARROW
     together = int(rows[-1]) - first + 1 == len(rows)
-    scaled: Iterator[tuple[slice, Any]]
-    single = total.dtype == np.float32
-    scaled = _scaled_single(values, factor) if single else _scaled(values, factor)
-    for part, block in scaled:
+    for part, block in _scaled(pieces, total.dtype):
         if together:
             target = total[first + part.start : first + part.stop]
             target += block
@@ -162,7 +159,7 @@ def stack(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
     start = 0
     for bundle, weight in zip(bundles, weights, strict=True):
         down[start : start + bundle.rank] = bundle.down
-        for part, block in _scaled(bundle.up, weight * bundle.scale):
+        for part, block in _scaled([(weight * bundle.scale, bundle.up)], np.float64):
             up[start + part.start : start + part.stop] = block
         start += bundle.rank
     return Bundle(up, down, 1.0)
@@ -231,36 +228,36 @@ def random_signs(shape: tuple[int, int], purpose: str, *key: int | str) -> Matri
     return 2 * bits.astype(np.float32) - 1
 
 
-def _scaled(values: Matrix32, factor: float) -> Iterator[tuple[slice, Matrix64]]:
-    """The product factor * values in float64, some rows at a time, in one buffer."""
-    width = values.shape[1]
-    step = max(1, SCRATCH // max(1, width))
-    scratch = np.empty((min(step, len(values)), width))
-    for start in range(0, len(values), step):
-        part = values[start : start + step]
-        block = scratch[: len(part)]
-        np.copyto(block, part)  # a plain conversion; a product of mixed types is twice as slow
-        block *= factor
-        yield slice(start, start + len(part)), block
+def _scaled(
+    pieces: Sequence[tuple[float, Matrix32]], precision: DTypeLike
+) -> Iterator[tuple[slice, Any]]:
+    """The products factor * values side by side, some rows at a time, in one buffer."""
+    height = len(pieces[0][1])
+    width = sum(values.shape[1] for _, values in pieces)
+    step = max(1, SCRATCH_BYTES // (np.dtype(precision).itemsize * max(1, width)))
+    scratch = _scratch(min(step, height) * width, precision)
+    for start in range(0, height, step):
+        part = slice(start, min(start + step, height))
+        block = scratch[: (part.stop - start) * width].reshape(part.stop - start, width)
+        at = 0
+        for factor, values in pieces:
+            into = block[:, at : at + values.shape[1]]
+            at += values.shape[1]
+            if into.dtype == values.dtype:
+                np.multiply(values[part], into.dtype.type(factor), out=into)
+            else:  # a plain conversion first; a product of mixed types is twice as slow
+                np.copyto(into, values[part])
+                into *= factor
+        yield part, block
 
 
-def _scaled_single(values: Matrix32, factor: float) -> Iterator[tuple[slice, Matrix32]]:
-    """The product factor * values in float32, some rows at a time, in one buffer."""
-    width = values.shape[1]
-    step = max(1, SCRATCH_SINGLE // max(1, width))
-    scratch = _scratch(min(step, len(values)) * width)
-    for start in range(0, len(values), step):
-        part = values[start : start + step]
-        into = scratch[: part.size].reshape(part.shape)
-        yield slice(start, start + len(part)), np.multiply(part, np.float32(factor), out=into)
-
-
-def _scratch(size: int) -> Matrix32:
-    """At least this many float32 values, the same for a thread: fresh memory would be paged in."""
-    found: Matrix32 | None = getattr(_own, "scratch", None)
-    if found is None or len(found) < size:
-        found = _own.scratch = np.empty(max(size, SCRATCH_SINGLE), np.float32)
-    return found
+def _scratch(size: int, precision: DTypeLike) -> NDArray[Any]:
+    """At least this many values, the same for a thread: fresh memory would be paged in."""
+    needed = size * np.dtype(precision).itemsize
+    found: NDArray[np.uint8] | None = getattr(_own, "scratch", None)
+    if found is None or len(found) < needed:
+        found = _own.scratch = np.empty(max(needed, SCRATCH_BYTES), np.uint8)
+    return found[:needed].view(precision)
 
 
 def _self_gram(parts: Sequence[Matrix32]) -> Matrix64:

@@ -8,8 +8,8 @@ know who may take part (screening), what weights mean (`weights`), or where resu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation_error import ErrorMeter, measure
-from coordinator.lowrank import Bundle, ErrorEnergy, Rows
+from coordinator.lowrank import Bundle, ErrorEnergy, Matrix32, Rows
 from coordinator.methods import Method, MethodError, ModuleState, ModuleUpdate
 from coordinator.methods.base import normalised
 from coordinator.server_optimizer import ServerOptimizer
 from coordinator.state import StateFile, StateReader, StateWriter
 from profiles.model import ModuleShape
 from protos.codecs import PackingError
-from protos.contract import AdapterSpec, Assignment
+from protos.contract import AdapterSpec, Assignment, Part
 from protos.layout import Parts
 from protos.sketch import initial_down, slice_rows
-from protos.unpacking import PackedReader, open_packed
+from protos.unpacking import PackedReader, open_packed, open_update
 
 MOST_OPEN = 256  # updates held open at once; a process may have a thousand files
 
@@ -139,7 +139,7 @@ class Merger:
         ordered = sorted(
             updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
         )
-        spec, readers = self.spec, _Readers(self.spec, ordered)
+        spec, readers = self.spec, _Readers(self.spec, ordered, apart=not self.method.streams)
         shares = normalised([update.weight for update in ordered])
         energies = np.zeros(len(ordered))
         coverage = np.zeros(spec.rank)
@@ -178,37 +178,35 @@ class Merger:
         current: StateReader,
         updates: Sequence[StoredUpdate],
         shares: NDArray[np.float64],
-        sent: Sequence[tuple[Parts, float]],
+        sent: Sequence[_Delta],
         module: ModuleShape,
     ) -> _Merged:
         """One module of the round."""
         before = current.module(module.name)
-        parts, energies = [], np.zeros(len(updates))
-        coverage = np.zeros(self.spec.rank)
-        for i, update in enumerate(updates):
-            delta, energies[i] = sent[i]
-            parts.append(self._read(module.name, update, delta, round_, before))
+        parts, coverage = [], np.zeros(self.spec.rank)
+        for update, delta in zip(updates, sent, strict=True):
+            parts.append(self._update(module.name, update, delta, round_, before))
             coverage[parts[-1].rows] += 1
         after = self.method.merge_module(before, parts, round_, self.optimizer)
+        energies = np.array([delta.energy for delta in sent])
         error = None
         if self.method.has_global:
             error = measure(self.method, before, after, parts, shares)
         return _Merged(after, energies, coverage, error)
 
-    def _read(
-        self, module: str, update: StoredUpdate, delta: Parts, round_: int, before: ModuleState
+    def _update(
+        self, module: str, update: StoredUpdate, delta: _Delta, round_: int, before: ModuleState
     ) -> ModuleUpdate:
         task = update.assignment
         rows = slice_rows(self.spec, task, module)
         scale = self.method.device_scale(self.spec, task.rank)
         if 0 < update.kept < task.rank:
             rows = rows[: update.kept]
-            delta = {part: values[: update.kept] for part, values in delta.items()}
         lift = scale / before.adapter.scale if self.method.scaling == "common" else 1.0
         begin = partial(self._begin, module, update, rows, scale, round_, before)
         return ModuleUpdate(
             update.device_id, rows, begin, delta, update.weight, lift,
-            on_time=task.round == round_ and not update.start, finite=True,
+            on_time=task.round == round_ and not update.start, sound=True,
         )  # fmt: skip
 
     def _begin(
@@ -248,30 +246,99 @@ class _Merged:
     error: ErrorEnergy | None
 
 
+@dataclass(eq=False)
+class _Slot:
+    """Memory for one update's part in a module, and whose values lie there."""
+
+    memory: memoryview
+    holder: _Delta | None = None
+    parts: Parts = field(default_factory=dict)
+
+
+class _Delta(Mapping[Part, Matrix32]):
+    """What one update says of a module, read when it is first looked at.
+
+    Deltas that share a slot push each other out; one that is looked at again is read again.
+    """
+
+    def __init__(
+        self,
+        slot: _Slot,
+        reader: Callable[[], PackedReader],
+        name: str,
+        kinds: Sequence[Part],
+        kept: int,
+    ) -> None:
+        self._slot, self._reader, self._name = slot, reader, name
+        self._kinds, self._kept = kinds, kept
+        self._energy: float | None = None
+
+    @property
+    def energy(self) -> float:
+        """The sum of its squared values. Raises `PackingError`, `OSError`, as every look does."""
+        if self._energy is None:
+            self._read()
+        assert self._energy is not None
+        return self._energy
+
+    def __getitem__(self, part: Part) -> Matrix32:
+        if self._slot.holder is not self:
+            self._read()
+        return self._slot.parts[part]
+
+    def __contains__(self, part: object) -> bool:
+        return part in self._kinds  # a Mapping's own would read
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def _read(self) -> None:
+        slot, reader = self._slot, self._reader()
+        slot.holder, slot.parts = None, {}
+        enough = len(slot.memory) >= reader.stored_bytes(self._name)
+        into = slot.memory if enough else None
+        parts, self._energy = reader.measured(self._name, into)
+        slot.parts = {part: values[: self._kept or None] for part, values in parts.items()}
+        slot.holder = self
+
+
 class _Readers:
     """Updates as open files, so that each header is read once; beyond a limit, one at a time.
 
     What is read of a module lies where the module before it lay: fresh memory would have to be
-    paged in, which takes longer than reading.
+    paged in, which takes longer than reading. apart: every update has a place of its own; else
+    one takes the place of the other.
     """
 
-    def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate]) -> None:
+    def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate], *, apart: bool) -> None:
         self._spec, self._updates = spec, updates
         self._digests = [update.assignment.digest for update in updates]
         self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
-        sizes = (sum(r.stored_bytes(module.name) for r in self._open) for module in spec.modules)
-        self._memory = np.empty(max(sizes, default=0), np.uint8).data
+        self._slots = self._places(apart)
 
-    def module(self, name: str) -> list[tuple[Parts, float]]:
-        """What each update says of a module, and its sum of squares; valid until the next one."""
-        found, at = [], 0
-        for i in range(len(self._updates)):
-            reader, into = self._at(i), None
-            if i < len(self._open):
-                stop = at + reader.stored_bytes(name)
-                into, at = self._memory[at:stop], stop
-            found.append(reader.measured(name, into))
+    def module(self, name: str) -> list[_Delta]:
+        """What each update says of a module; valid until the next one."""
+        found = []
+        for i, update in enumerate(self._updates):
+            task = update.assignment
+            kinds = [part for part in task.update.parts if part != "dense"]
+            kept = update.kept if 0 < update.kept < task.rank else 0
+            slot = self._slots[i]
+            slot.holder, slot.parts = None, {}
+            found.append(_Delta(slot, partial(self._at, i), name, kinds, kept))
         return found
+
+    def _places(self, apart: bool) -> list[_Slot]:
+        """Memory for the largest module of each update, or of the largest."""
+        names = [module.name for module in self._spec.modules]
+        sizes = [max(map(reader.stored_bytes, names), default=0) for reader in self._open]
+        sizes += [0] * (len(self._updates) - len(sizes))
+        if not apart:
+            return [_Slot(np.empty(max(sizes, default=0), np.uint8).data)] * len(sizes)
+        return [_Slot(np.empty(size, np.uint8).data) for size in sizes]
 
     def dense(self, i: int, name: str) -> tuple[Parts, float]:
         """What the i-th update says of a dense tensor, and its sum of squares."""
@@ -282,9 +349,7 @@ class _Readers:
 
     def _reader(self, i: int) -> PackedReader:
         update = self._updates[i]
-        return open_packed(
-            update.path, self._spec, update.assignment.update, assignment_digest=self._digests[i]
-        )
+        return open_update(update.path, self._spec, update.assignment, self._digests[i])
 
 
 def _by_device(updates: Sequence[StoredUpdate], energies: NDArray[np.float64]) -> dict[str, float]:

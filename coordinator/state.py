@@ -20,7 +20,7 @@ from protos.contract import AdapterSpec, Encoding, Part, Payload
 from protos.layout import Parts
 from protos.packing import PackedWriter
 from protos.sketch import initial_down
-from protos.unpacking import open_packed
+from protos.unpacking import PackedReader, open_packed
 
 MASTER: Encoding = "float32"
 ADAPTER, SIDE, MOMENT = "adapter", "side", "moment."  # a moment's role ends with its name
@@ -43,6 +43,7 @@ class StateReader:
 
     def __init__(self, spec: AdapterSpec, files: Mapping[str, StateFile]) -> None:
         self._spec, self._files = spec, files
+        self._open: dict[str, PackedReader] = {}
 
     def module(self, name: str) -> ModuleState:
         """One module's adapter, side branch, core and moments."""
@@ -82,8 +83,10 @@ class StateReader:
         return most
 
     def _read(self, role: str, name: str) -> Parts:
-        file = self._files[role]
-        return open_packed(file.path, self._spec, file.payload).module(name)
+        if role not in self._open:
+            file = self._files[role]
+            self._open[role] = open_packed(file.path, self._spec, file.payload)
+        return self._open[role].module(name)
 
 
 class StateWriter:

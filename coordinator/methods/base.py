@@ -136,8 +136,8 @@ class ModuleUpdate:
     s_i, when a method asks for it; delta: trained minus received, for the parts it sent; weight:
     any non-negative number, usually the device's training sequences; lift: s_i / s, what up is
     multiplied by to be a row of the global adapter (1 where slices are not rescaled); on_time: the
-    slice was cut from the very model that the update is merged into; finite: its values were
-    looked at already.
+    slice was cut from the very model that the update is merged into; sound: whoever reads its
+    values looks at their shapes and that they are finite.
     """
 
     device_id: str
@@ -147,7 +147,7 @@ class ModuleUpdate:
     weight: float
     lift: float = 1.0
     on_time: bool = True
-    finite: bool = False
+    sound: bool = False
 
     @property
     def k(self) -> int:
@@ -164,23 +164,17 @@ class ModuleUpdate:
         """The slice as the device ended with it, at its own scale."""
         return self.start.moved(self.delta)
 
-    def add_change(self, total: Matrix32 | Matrix64, part: Part, factor: float) -> None:
+    def add_change(self, total: Matrix32 | Matrix64, factor: float, *parts: Part) -> None:
         """Adds factor * delta to the rows of `total`, in place.
 
-        total: (r, m) of up, (r, n) of down or (r, r) of core.
+        total: (r, m) of up, (r, n) of down, (r, m + n) of both side by side, or (r, r) of core.
         """
-        if part in self.delta:
-            self._add(total, part, factor, self.delta[part])
-
-    def add_trained(self, total: Matrix32 | Matrix64, part: Part, factor: float) -> None:
-        """Adds factor * trained values to the rows of `total`, in place."""
-        self._add(total, part, factor, self.trained.values(part))
-
-    def _add(self, total: Matrix32 | Matrix64, part: Part, factor: float, values: Matrix32) -> None:
-        if part == "core":  # the block of its rows and columns
-            total[np.ix_(self.rows, self.rows)] += factor * values.astype(np.float64)
-        else:
-            add_rows(total, self.rows, factor * self.lift if part == "up" else factor, values)
+        if parts == ("core",):  # the block of its rows and columns
+            change = factor * self.delta["core"].astype(np.float64)
+            total[np.ix_(self.rows, self.rows)] += change
+            return
+        lifted = {"up": factor * self.lift}
+        add_rows(total, self.rows, *((lifted.get(p, factor), self.delta[p]) for p in parts))
 
 
 class Method(ABC):
@@ -198,7 +192,8 @@ class Method(ABC):
     exact: from whole adapters (k = r), side + product becomes the weighted mean of what the devices
     had beside the base, to float32; at the latest from version 1 on, and while a side branch is
     within its budget. dilutes: rows that few devices hold shrink towards zero even if nobody
-    changes them.
+    changes them. streams: the merge looks at one update's values at a time, so that each may be
+    read when its turn comes and nobody's need be held.
     """
 
     name: ClassVar[str]
@@ -213,6 +208,7 @@ class Method(ABC):
     complement: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     dilutes: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     rows: RowChoice = "prefix"
     density: float = 1.0  # share of the values that travel, at most
     pruning: Pruning | None = None
@@ -323,24 +319,29 @@ class Method(ABC):
             )
         if not update.delta:
             raise UpdateError(f"{who} holds nothing; it must send what the method merges")
-        for part, delta in update.delta.items():
+        for part in update.delta:
             if part not in current.parts:
                 raise UpdateError(
                     f"{who} holds {part}, this module has {', '.join(current.parts)}; leave out "
                     "what was trained for another version"
                 )
+            if update.sound:
+                continue
+            delta = update.delta[part]
             expected = (update.k, update.k if part == "core" else current.values(part).shape[1])
             if delta.shape != expected:
                 raise UpdateError(
                     f"{who} has {part} of shape {delta.shape}, the slice has {expected}; the "
                     "device trained another module or k"
                 )
-            if not (update.finite or all_finite(delta)):
+            if not all_finite(delta):
                 raise UpdateError(f"{who} holds NaN or infinite values; screen it out of the round")
 
 
 class RowMethod(Method):
     """A method that moves the rows of one lasting basis, so that a server optimiser may step."""
+
+    streams: ClassVar[bool] = True
 
     def _merged(
         self,

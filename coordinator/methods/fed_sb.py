@@ -62,7 +62,8 @@ class FedSB(WholeMethod):
             raise UpdateError(f"update of {late[0]} is from before the bases were fixed; leave it")
         total, cover = np.zeros(current.core.shape), np.zeros(current.core.shape)
         for update, share in zip(updates, shares, strict=True):
-            update.add_change(total, "core", float(share))
+            if "core" in update.delta:  # else it is late and of another version
+                update.add_change(total, float(share), "core")
             cover[np.ix_(update.rows, update.rows)] += share
         return current.moved({"core": total / np.where(cover > 0, cover, 1.0)})
 

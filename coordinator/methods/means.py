@@ -7,6 +7,7 @@ added to it in place. It does not know products of factors (`products`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +22,20 @@ ORDER: tuple[Part, ...] = ("up", "down", "core")
 
 def sum_of_changes(current: ModuleState, updates: Sequence[ModuleUpdate], factors: Shares) -> Steps:
     """sum_i factor_i * delta_i at the global rows, for every part that a device sent."""
+    sent = [part for part in ORDER if any(part in update.delta for update in updates)]
+    widths = {part: current.values(part).shape[1] for part in sent}
+    # float32 twice over: a change is far smaller than the weight it is rounded into.
+    total = np.zeros((current.adapter.rank, sum(widths.values())), np.float32)
     steps: Steps = {}
-    for part in ORDER:
-        if not any(part in update.delta for update in updates):
-            continue
-        # float32 twice over: a change is far smaller than the weight it is rounded into.
-        steps[part] = np.zeros(current.values(part).shape, np.float32)
-        for update, factor in zip(updates, factors, strict=True):
-            update.add_change(steps[part], part, float(factor))
+    for part, end in zip(sent, accumulate(widths.values()), strict=True):
+        steps[part] = total[:, end - widths[part] : end]
+    for update, factor in zip(updates, factors, strict=True):
+        # One update after the other: it is in cache from having been read.
+        if "core" not in sent and len(update.delta) == len(sent):
+            update.add_change(total, float(factor), *sent)
+        else:
+            for part in update.delta:
+                update.add_change(steps[part], float(factor), part)
     return steps
 
 
@@ -58,10 +65,9 @@ def mean_over_owners(
     """The mean change of each row over the devices that hold it; zero if none does."""
     steps = sum_of_changes(current, updates, shares)
     cover = covered(current.adapter.rank, updates, shares)
-    partly = np.flatnonzero((cover > 0) & (cover != 1))
+    cover[cover == 0] = 1  # nothing to divide
     for step in steps.values():
-        for row in partly:
-            step[row] /= np.float32(cover[row])
+        np.divide(step, cover.astype(np.float32)[:, None], out=step)
     return steps
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ import pytest
 from coordinator import merge as merge_module
 from coordinator.lowrank import Bundle
 from coordinator.merge import Merger, StoredUpdate
-from coordinator.methods import METHODS, MethodOptions, ModuleState, WeightError, make
+from coordinator.methods import (
+    METHODS,
+    MethodOptions,
+    ModuleState,
+    ModuleUpdate,
+    WeightError,
+    make,
+)
 from coordinator.server_optimizer import Plain, make_optimizer
 from coordinator.state import StateFile, StateReader, StateWriter
 from profiles.model import ModuleShape
@@ -288,6 +296,51 @@ def test_a_method_without_a_global_model_has_no_error_to_tell(tmp_path, bench, m
     fleet = [store(tmp_path, spec, make_assignment(d, parts=("down",))) for d in "ab"]
     result = bench(spec, "fedsa-lora").merge(model(spec), fleet)
     assert result.error is None and result.errors == {}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("encoding", ["float32", "int8"])
+def test_files_read_as_they_are_merged_give_what_held_updates_give(
+    tmp_path, bench, model, name, encoding
+):
+    """Deltas may share memory where a method says that it streams: none may be seen as another."""
+    spec, method = make_spec(), method_of(name)
+    current, parts, fleet = model(spec), method.sent(0), []
+    for i, k in enumerate((2, 3, 6) if method.heterogeneous else (RANK,) * 3):
+        task = make_assignment(
+            f"device-{i}", k, 2 * i, parts=parts, encoding=encoding, method=name,
+            rows=method.rows, trained=method.trained(0), personal=method.personal,
+        )  # fmt: skip
+        fleet.append(store(tmp_path, spec, task, weight=1.0 + i, seed=i))
+    on = bench(spec, name, starts={ROUND: current})
+    merged = on.states(on.merge(current, fleet, version=1))
+    for module in spec.modules:
+        held, before = [], current.module(module.name)
+        for stored in fleet:
+            task = stored.assignment
+            rows, scale = slice_rows(spec, task, module.name), method.device_scale(spec, task.rank)
+            found = unpack(stored.path.read_bytes(), spec, task.update,
+                           assignment_digest=task.digest)[module.name]  # fmt: skip
+            lift = scale / before.adapter.scale if method.scaling == "common" else 1.0
+            begin = partial(on.merger._begin, module.name, stored, rows, scale, ROUND, before)
+            held.append(ModuleUpdate(task.device_id, rows, begin, found, stored.weight, lift))
+        after = method.merge_module(before, held, ROUND)
+        for part in after.parts:
+            assert merged[module.name].values(part).tobytes() == after.values(part).tobytes()
+
+
+def test_a_mean_holds_the_values_of_one_update_whatever_their_number(tmp_path, bench, model):
+    spec = make_spec((ModuleShape("q", 4000, 4000),))
+    current, peaks = model(spec), []
+    for count in (45, 90):  # too many for Gram matrices of their errors
+        fleet = [store(tmp_path, spec, make_assignment(f"{i:02}")) for i in range(count)]
+        on = bench(spec, "fedit")
+        tracemalloc.start()
+        on.merge(current, fleet)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    one = 4 * RANK * 8000
+    assert peaks[1] < peaks[0] + one  # 45 more of them would be 9 MB
 
 
 # --- the same bits ------------------------------------------------------------------------------
