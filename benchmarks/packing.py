@@ -18,7 +18,8 @@ from typing import get_args
 import numpy as np
 
 from profiles.model import ModuleShape
-from protos.contract import AdapterSpec, Encoding, Payload
+from protos.contract import AdapterSpec, Encoding, Payload, UpdateBudget
+from protos.fitting import fit
 from protos.layout import Parts, codec_of, packed_bytes
 from protos.packing import pack
 from protos.unpacking import unpack
@@ -96,15 +97,18 @@ def main() -> None:
         payloads[f"{encoding} zstd"] = Payload(spec.rank, encoding, compressed=True)
     for encoding in ("float32", "int8", "int4"):
         payloads[f"{encoding} 1/16"] = Payload(spec.rank, encoding, density=SPARSE_DENSITY)
+    for name in ("int8", "int4", "int2/64", "int4 1/16"):  # as updates with error feedback
+        payloads[f"{name} near"] = payloads[name]
     floor_s = best_s(lambda: copy_all(factors), times)
     print(f"{values * 4 / 1e6:.1f} MB of float32; a copy takes {floor_s * 1e3:.1f} ms")
-    print(f"{'payload':12} {'pack MB/s':>10} {'x copy':>7} {'unpack MB/s':>12} {'x copy':>7} "
+    print(f"{'payload':14} {'pack MB/s':>10} {'x copy':>7} {'unpack MB/s':>12} {'x copy':>7} "
           f"{'bytes/floor':>12} {'of float32':>11}")  # fmt: skip
     results = {}
     for name, payload in payloads.items():
-        data = pack(spec, payload, factors)
+        seed = None if name.endswith(" near") else 0
+        data = pack(spec, payload, factors, seed=seed)
         assert len(data) <= packed_bytes(spec, payload)
-        pack_s = best_s(partial(pack, spec, payload, factors), times)
+        pack_s = best_s(partial(pack, spec, payload, factors, seed=seed), times)
         unpack_s = best_s(partial(unpack, data, spec, payload), times)
         results[name] = {
             "pack_mb_s": values * 4e-6 / pack_s,
@@ -115,10 +119,16 @@ def main() -> None:
             "bytes_over_float32": len(data) / (4 * values),
         }
         r = results[name]
-        print(f"{name:12} {r['pack_mb_s']:10.0f} {r['pack_over_copy']:7.1f} "
+        print(f"{name:14} {r['pack_mb_s']:10.0f} {r['pack_over_copy']:7.1f} "
               f"{r['unpack_mb_s']:12.0f} {r['unpack_over_copy']:7.1f} "
               f"{r['bytes_over_floor']:12.5f} {r['bytes_over_float32']:11.4f}")  # fmt: skip
-    print(json.dumps({"benchmark": "packing", "values": values, "results": results}))
+    terms = UpdateBudget(values // 8, ("bfloat16", "int8", "int4", "int2", "sign"), sparse=True)
+    planned = Payload(spec.rank, "int8")
+    fit_s = best_s(partial(fit, spec, planned, terms, factors, fed_back=True), times)
+    print(f"choosing encoding and density for one bit a value: {fit_s:.2f} s before packing")
+    print(json.dumps({
+        "benchmark": "packing", "values": values, "fit_s": fit_s, "results": results,
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -47,6 +47,17 @@ def _why(search: Search, choice: Choice, round_s: float) -> str:
             f"the link is metered, so {search.most_share:.0%} of the rank at most is sent "
             f"({_mb(choice.offer.moved_bytes)} both ways)"
         )
+    limit = search.terms.size_bytes
+    if limit is not None and (least := search.sizes.least_update_bytes(next_level)) > limit:
+        return (
+            f"an update may have {_kb(limit)}, one of k={_named(next_level)} takes {_kb(least)} at "
+            "least"
+        )
+    if choice.offer.fit is not None and search.could(next_level, choice, round_s):
+        return (
+            f"of the {_kb(choice.offer.budget_bytes)} that an update may have, k="
+            f"{_named(next_level)} in the same bytes would lose more"
+        )
     if level == search.largest_in_memory:
         return (
             f"memory of {_gb(search.memory_bytes)} allows no more at {work.precision} (this k "
@@ -92,7 +103,9 @@ def _allowed(search: Search, round_s: float) -> Level:
     roomy = replace(search.profile, memory_available_bytes=2**60, memory_cap_bytes=None)
     if roomy.gpu is not None:
         roomy = replace(roomy, gpu=replace(roomy.gpu, memory_free_bytes=2**60))
-    free = Search(search.shape, search.sizes, search.device_id, roomy, search.correction)
+    free = Search(
+        search.shape, search.sizes, search.device_id, roomy, search.correction, search.terms
+    )
     found = free.best(round_s)
     return search.policy.levels[0] if found is None else found.offer.level
 
@@ -100,6 +113,8 @@ def _allowed(search: Search, round_s: float) -> Level:
 def does_not_fit(search: Search) -> str:
     """Why a device cannot be given anything: memory, or the bytes its owner allows."""
     policy = search.policy
+    if search.lacks_bytes:
+        return _lacks_bytes(search)
     if search.fits_memory:
         link = search.profile.link
         left = link.budget_bytes if link is not None and link.budget_bytes is not None else 0
@@ -119,6 +134,20 @@ def does_not_fit(search: Search) -> str:
         f"{search.device_id} does not fit: needs {_gb(search.peak_bytes(least))} at "
         f"{least.precision} and rank {least.rank}, the device has "
         f"{_gb(search.memory_bytes)}{trusted}; use a smaller base or a lower precision"
+    )
+
+
+def _lacks_bytes(search: Search) -> str:
+    """Why a byte budget leaves a device nothing to send."""
+    policy = search.policy
+    remedy = "[wire] error_feedback = true allows to leave values out"
+    if policy.feeds_back:
+        remedy = "fewer [round] min_rank rows take less"
+    return (
+        f"{search.device_id} may send {search.terms.size_bytes:,} bytes in this round, the least "
+        f"update of {policy.levels[0].rank} rows takes "
+        f"{search.sizes.least_update_bytes(policy.levels[0]):,}: raise [plan] bytes_per_round or "
+        f"bytes_per_day; {remedy}"
     )
 
 
@@ -170,7 +199,9 @@ def _concessions(search: Search, policy: PlanPolicy, work: LocalWork, choice: Ch
         made.append(f"{work.precision} base")
     if policy.sequence_tokens == "auto" and work.sequence_tokens < policy.sequences[0]:
         made.append(f"rows of {work.sequence_tokens} tokens instead of {policy.sequences[0]}")
-    if policy.update_encoding == "auto":
+    if choice.offer.fit is not None:
+        made.append(_update(choice))
+    elif policy.update_encoding == "auto":
         made.append(f"updates in {choice.offer.encoding}")
     if work.checkpointing and policy.checkpointing == "auto":
         made.append("checkpointing on to save memory")
@@ -186,6 +217,24 @@ def _concessions(search: Search, policy: PlanPolicy, work: LocalWork, choice: Ch
     if policy.evaluates_global and not work.evaluates_global:
         made.append("the whole adapter is not evaluated, it would not fit")
     return list(dict.fromkeys(made))
+
+
+def _update(choice: Choice) -> str:
+    """What a byte budget makes of the update."""
+    offer = choice.offer
+    assert offer.fit is not None
+    payload = offer.fit.payload
+    how = f"{payload.encoding} in groups of {payload.group}" if payload.group else payload.encoding
+    if payload.density < 1:
+        how += f", the largest {payload.density:.2g} of its values"
+    return (
+        f"update as {how}: {_kb(offer.fit.size_bytes)} of {_kb(offer.budget_bytes)}, expected "
+        f"error {offer.error:.2f}"
+    )
+
+
+def _kb(size_bytes: float) -> str:
+    return f"{size_bytes / 1e3:.3g} kB" if size_bytes < 999_500 else _mb(size_bytes)
 
 
 def _named(level: Level) -> str:

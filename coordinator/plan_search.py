@@ -16,7 +16,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.plan_types import DENSE, DevicePlan, Level, PlanPolicy
+from coordinator.plan_sizes import Sizes
+from coordinator.plan_types import DevicePlan, Level, UpdateTerms
 from profiles.cost import (
     Correction,
     Cost,
@@ -28,8 +29,8 @@ from profiles.cost import (
 from profiles.device import DeviceProfile
 from profiles.memory import SAFETY
 from profiles.model import ModelShape
-from protos.contract import AdapterSpec, Encoding, Payload, Precision
-from protos.layout import expected_bytes
+from protos.contract import Encoding, Precision, UpdateBudget
+from protos.fitting import Fit
 
 # How much of a step's progress is left in less exact settings. Small, so that they only decide
 # between offers of about the same size: 4-bit bases tune as well as 16-bit ones (QLoRA, arXiv
@@ -40,107 +41,8 @@ ENCODING_QUALITY: dict[Encoding, float] = {
     "float32": 1.0, "bfloat16": 0.999, "int8": 0.998, "int4": 0.99, "int2": 0.95, "sign": 0.9,
 }  # fmt: skip
 SHORTER_QUALITY = 0.97
+HALVINGS = 4  # of a byte budget that are tried, where a slow link may not carry all in time
 METERED_SHARE = 0.5  # of what a device would send at most, where bytes cost its owner money
-
-
-class Sizes:
-    """The policy as work of a given level, with packed sizes computed once."""
-
-    def __init__(self, spec: AdapterSpec, policy: PlanPolicy) -> None:
-        self.spec, self.policy = spec, policy
-        self._packed: dict[Payload, int] = {}
-        suffixes = tuple(dict.fromkeys(m.name.rpartition(".")[2] for m in spec.modules))
-        self.targets = tuple(sorted(suffixes))
-
-    def bytes_of(self, payload: Payload) -> int:
-        """Size of a packed file."""
-        if payload not in self._packed:
-            self._packed[payload] = expected_bytes(self.spec, payload)
-        return self._packed[payload]
-
-    def fetched(self, level: Level, side_rank: int, *, slice_: bool, whole: bool) -> int:
-        """Bytes that travel down, no file twice, and none that every device has already."""
-        p = self.policy
-        files: set[Payload] = set()
-        if slice_:
-            files |= {
-                # Dense tensors are one file whatever k.
-                Payload(p.rank if f == DENSE else level.rank, p.slice_encoding, f, level.density)
-                for f in p.files
-                if f not in p.resting
-            }
-            if side_rank:
-                files.add(Payload(side_rank, p.slice_encoding))
-        branches = 0
-        if whole:
-            files |= {Payload(p.rank, p.global_encoding, f) for f in p.files if f not in p.resting}
-            if p.side_rank:
-                # With a complement the branch to train beside is another one, even of its size.
-                branch = Payload(p.side_rank, p.global_encoding)
-                if p.complement:
-                    branches = self.bytes_of(branch)
-                else:
-                    files.add(branch)
-        return branches + sum(self.bytes_of(file) for file in files)
-
-    def work(
-        self,
-        precision: Precision,
-        sequence_tokens: int,
-        encoding: Encoding,
-        level: Level,
-        *,
-        evaluates: bool,
-        steps: int | None = None,
-    ) -> LocalWork:
-        """What the policy asks for in these settings: its own batch, no checkpointing yet."""
-        p, k = self.policy, level.rank
-        steps = p.local_steps if steps is None else steps
-        side = p.side_rank + (p.rank - k if p.complement and steps else 0)
-        # The tokens of a batch stay: shorter rows come in larger batches.
-        longer = p.sequences[0] // sequence_tokens
-        down = self.fetched(level, side, slice_=steps > 0, whole=False)
-        both = self.fetched(level, side, slice_=steps > 0, whole=True) if evaluates else down
-        update = p.update(level, encoding)
-        return LocalWork(
-            precision=precision,
-            rank=k,
-            parameters_per_rank=self.spec.parameters_per_rank,
-            global_rank=p.rank,
-            sequence_tokens=sequence_tokens,
-            micro_batch=p.micro_batch * longer,
-            accumulation=p.accumulation,
-            local_steps=steps,
-            checkpointing=p.checkpointing is True,
-            evaluation_sequences=p.evaluation_sequences,
-            evaluates_global=evaluates,
-            slice_bytes=down,
-            update_bytes=self.bytes_of(update) if steps else 0,
-            global_bytes=both - down,
-            density=level.density,
-            side_rank=side,
-            dense_parameters=sum(t.out_features * t.in_features for t in self.spec.dense),
-            targets=self.targets,
-            optimizer=p.optimizer,
-        )
-
-    def variants(self, work: LocalWork) -> Iterator[LocalWork]:
-        """The work as asked for, and with less memory at once: recomputed, or in smaller batches.
-
-        A batch keeps its sequences: fewer at a time are accumulated longer.
-        """
-        choices = (False, True) if self.policy.checkpointing == "auto" else (work.checkpointing,)
-        while True:
-            for checkpointing in choices:
-                yield replace(work, checkpointing=checkpointing)
-            if work.micro_batch == 1:
-                return
-            parts = 2 if work.micro_batch % 2 == 0 else work.micro_batch
-            work = replace(
-                work,
-                micro_batch=work.micro_batch // parts,
-                accumulation=work.accumulation * parts,
-            )
 
 
 @dataclass(frozen=True)
@@ -153,6 +55,19 @@ class Offer:
     quality: float
     rest_s: float  # in nine rounds of ten, at most, without any step
     step_s: float  # of each step
+    budget: UpdateBudget | None = None  # the device chooses
+    fit: Fit | None = None  # what it is expected to choose
+    arrives: float = 1.0  # of the rows' update, in squares: 1 less what the fit loses
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of its update, at most; 0 without a budget."""
+        return 0 if self.budget is None else self.budget.size_bytes
+
+    @property
+    def error(self) -> float | None:
+        """Of what arrives, against an update of all rows; None where no budget asks for it."""
+        return None if self.fit is None else 1 - self.share * self.arrives
 
     @property
     def level(self) -> Level:
@@ -198,9 +113,11 @@ class Search:
         device_id: str,
         profile: DeviceProfile,
         correction: Correction,
+        terms: UpdateTerms | None = None,
     ) -> None:
         self.shape, self.sizes, self.device_id = shape, sizes, device_id
         self.profile, self.correction = profile, correction
+        self.terms = terms or UpdateTerms()
         self.policy = sizes.policy
 
     # --- what bounds it -------------------------------------------------------------------------
@@ -291,6 +208,9 @@ class Search:
             if not fits:
                 return
             way = fits[0]
+            yield from self._fitted(ways[i][way], level, quality)
+            if self.terms.size_bytes is not None and p.local_steps:
+                continue
             for wire in p.encodings:
                 work = ways[i][way]
                 if wire != encoding:
@@ -299,6 +219,50 @@ class Search:
                         work, update_bytes=self.sizes.bytes_of(size) if p.local_steps else 0
                     )
                 yield self._offer(work, wire, quality * ENCODING_QUALITY[wire])
+
+    def _fitted(self, work: LocalWork, level: Level, quality: float) -> Iterator[Offer]:
+        """The work with updates of least error in all the bytes that there are, and in halves.
+
+        Halves, for a slow link may not carry all in time. An owner's budget counts where the run
+        leaves the encoding open.
+        """
+        p, most = self.policy, self._update_bytes(work)
+        if most is None or not p.local_steps:
+            return
+        for halving in range(HALVINGS):
+            budget = p.budget(most >> halving)
+            fit = self.sizes.fit(level, budget, self.terms.curves)
+            if fit is None:
+                return
+            arrives = fit.arrives(fed_back=p.feeds_back)
+            fitted = replace(work, update_bytes=fit.size_bytes)
+            offer = self._offer(fitted, fit.payload.encoding, quality * arrives)
+            yield replace(offer, budget=budget, fit=fit, arrives=arrives)
+            if fit.size_bytes < budget.size_bytes // 2:
+                return  # everything fits
+
+    def _update_bytes(self, work: LocalWork) -> int | None:
+        """What the update may have; None without a limit."""
+        limits = [] if self.terms.size_bytes is None else [self.terms.size_bytes]
+        link = self.profile.link
+        if link is not None and link.budget_bytes is not None and self._chooses:
+            fair = link.budget_bytes // max(1, self.policy.rounds_left)
+            down = work.slice_bytes + (work.global_bytes if work.evaluates_global else 0)
+            if fair > down or not limits:
+                limits.append(max(0, fair - down))
+        return min(limits, default=None)
+
+    @property
+    def _chooses(self) -> bool:
+        return self.policy.update_encoding == "auto"
+
+    @property
+    def lacks_bytes(self) -> bool:
+        """Whether the run's byte budget is too small for any update."""
+        limit = self.terms.size_bytes
+        trains = self.policy.local_steps > 0
+        least = self.sizes.least_update_bytes(self.policy.levels[0])
+        return limit is not None and trains and least > limit
 
     def _offer(self, work: LocalWork, encoding: Encoding, quality: float) -> Offer:
         full = self.cost(work)
@@ -312,7 +276,8 @@ class Search:
 
     def _without_measuring(self, offer: Offer) -> Offer:
         work = replace(offer.work, evaluates_global=False, global_bytes=0)
-        return self._offer(work, offer.encoding, offer.quality)
+        other = self._offer(work, offer.encoding, offer.quality)
+        return replace(other, budget=offer.budget, fit=offer.fit, arrives=offer.arrives)
 
     @cached_property
     def offers(self) -> tuple[Offer, ...]:
@@ -396,10 +361,19 @@ class Search:
                 return min(least)
         return None
 
+    def could(self, level: Level, choice: Choice, round_s: float) -> bool:
+        """Whether as many steps of a level can be done in a round, with an update as large."""
+        return any(
+            o.level == level
+            and o.budget_bytes >= choice.offer.budget_bytes
+            and o.p90_s(choice.steps) <= round_s
+            for o in self.offers
+        )
+
     def value(self, choice: Choice) -> float:
-        """What a choice brings: rows times steps."""
-        wanted = self.policy.local_steps
-        return choice.offer.share * (choice.steps / wanted if wanted else 1.0)
+        """What a choice brings: rows times steps, less what packing loses under a budget."""
+        wanted, offer = self.policy.local_steps, choice.offer
+        return offer.share * offer.arrives * (choice.steps / wanted if wanted else 1.0)
 
     def again(self, before: DevicePlan, longest_s: float) -> Choice | None:
         """What the device did before, if it may still be asked for that and be done in time."""
@@ -410,7 +384,7 @@ class Search:
             level in p.levels
             and before.precision in p.precisions
             and before.sequence_tokens in p.sequences
-            and encoding in p.encodings
+            and (encoding in p.encodings or before.budget is not None)
             and self.least_steps <= before.local_steps <= self.most_steps
         )
         if not known:
@@ -428,14 +402,17 @@ class Search:
                 accumulation=before.accumulation,
                 checkpointing=before.checkpointing,
             )
-            offer = self._offer(work, encoding, 1.0)
-            budget = self.budget_bytes
-            if budget is not None and offer.moved_bytes > budget:
+            if self.peak_bytes(work) > self.memory_bytes:
                 continue
-            choice = Choice(offer, before.local_steps)
-            fits = self.peak_bytes(work) <= self.memory_bytes and offer.share <= self.most_share
-            if fits and choice.p90_s <= longest_s:
-                return choice
+            offers = list(self._fitted(work, level, 1.0))
+            if self.terms.size_bytes is None and before.budget is None:
+                offers = [self._offer(work, encoding, 1.0)]
+            budget = self.budget_bytes
+            for offer in offers:
+                choice = Choice(offer, before.local_steps)
+                affords = budget is None or offer.moved_bytes <= budget
+                if affords and offer.share <= self.most_share and choice.p90_s <= longest_s:
+                    return choice
         return None
 
     def uncorrected_peak_bytes(self, work: LocalWork) -> int:

@@ -9,12 +9,14 @@ from typing import Literal, NamedTuple
 
 from profiles.cost import Cost
 from profiles.errors import SketchfleetError
-from protos.contract import Encoding, Part, Payload, Precision
+from protos.contract import Encoding, ErrorCurve, Part, Payload, Precision, UpdateBudget
 from protos.layout import codec_of
 
 AUTO_PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "nf4")  # most precise first
 AUTO_SEQUENCES = (1024, 512, 256, 128)  # tokens; longest first
 AUTO_ENCODINGS: tuple[Encoding, ...] = ("bfloat16", "int8")  # most precise first
+BUDGET_ENCODINGS: tuple[Encoding, ...] = (*AUTO_ENCODINGS, "int4", "int2")  # rounded without bias
+GROUPS = (0, 64)  # under a byte budget, where the run names none
 DENSE: tuple[Part, ...] = ("dense",)  # tensors trained whole: a file of their own
 Aim = Literal["fastest", "fairest", "cheapest"]
 
@@ -83,6 +85,7 @@ class PlanPolicy:
     optimizer: str = "adamw"
     aim: Aim = "fastest"
     rounds_left: int = 1  # that a device's byte budget is to last for, at most
+    feeds_back: bool = False  # what an update leaves out comes later
 
     @property
     def measuring(self) -> tuple[bool, ...]:
@@ -110,6 +113,20 @@ class PlanPolicy:
     def encodings(self) -> tuple[Encoding, ...]:
         """What updates may travel as, most precise first."""
         return AUTO_ENCODINGS if self.update_encoding == "auto" else (self.update_encoding,)
+
+    def budget(self, size_bytes: int) -> UpdateBudget:
+        """What a device may choose for an update of at most these bytes.
+
+        Leaving values out is biased, and signs alone never tell sizes: both need error feedback
+        (or a method that is made for the former).
+        """
+        encodings = self.encodings
+        if self.update_encoding == "auto":
+            signs: tuple[Encoding, ...] = ("sign",) if self.feeds_back else ()
+            encodings = BUDGET_ENCODINGS + signs
+        sparse = self.feeds_back or self.varies == "density"
+        groups = (self.update_group,) if self.update_group else GROUPS
+        return UpdateBudget(size_bytes, encodings, sparse, groups)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -141,6 +158,18 @@ class PlanPolicy:
 
 
 @dataclass(frozen=True)
+class UpdateTerms:
+    """What limits a device's update, and what is known of its values.
+
+    size_bytes: at most, None without a limit. curves: what its last one would have lost, empty if
+    it was never told.
+    """
+
+    size_bytes: int | None = None
+    curves: tuple[ErrorCurve, ...] = ()
+
+
+@dataclass(frozen=True)
 class DevicePlan:
     """What one device is asked to do, why, and what it is expected to cost."""
 
@@ -161,6 +190,11 @@ class DevicePlan:
     update_encoding: Encoding | None = None  # of plans recorded before it could vary: the run's
     uncorrected_peak_bytes: int = 0  # as the report would tell it, had nothing been learnt
     time_factor: float = 1.0  # learnt, and part of the predicted seconds
+    # Under a byte budget: the terms, what is expected to be chosen, and the relative squared error
+    # of what arrives against an update of all rows.
+    budget: UpdateBudget | None = None
+    update: Payload | None = None
+    expected_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.plan_reasons import does_not_fit, reason, too_slow
-from coordinator.plan_search import Choice, Search, Sizes
+from coordinator.plan_search import Choice, Search
+from coordinator.plan_sizes import Sizes
 from coordinator.plan_types import (
     AUTO_SEQUENCES,
     Aim,
@@ -26,6 +27,7 @@ from coordinator.plan_types import (
     PlanError,
     PlanPolicy,
     RoundPlan,
+    UpdateTerms,
 )
 from profiles.cost import NOTHING_LEARNT, Correction
 from profiles.device import DeviceProfile
@@ -64,12 +66,14 @@ def plan_round(
     corrections: Mapping[str, Correction] | None = None,
     before: Mapping[str, DevicePlan] | None = None,
     before_s: float | None = None,
+    terms: Mapping[str, UpdateTerms] | None = None,
 ) -> RoundPlan:
     """Plans one round. Raises `PlanError` when no device can take part.
 
     most_rank: by device, rows it is to get at most (HetLoRA's self-pruning). corrections: what
     reports taught of each device. before, before_s: what each did last, and the length of the
-    last round of this kind; devices keep it unless the change is clear. A compute measurement of
+    last round of this kind; devices keep it unless the change is clear. terms: byte budgets of
+    updates, and what they lose. A compute measurement of
     another base than the run's is not used.
     """
     shared = Sizes(spec, policy)
@@ -82,7 +86,8 @@ def plan_round(
             sizes = Sizes(spec, replace(policy, most_rank=most))
         correction = (corrections or {}).get(device_id, NOTHING_LEARNT)
         profile = _relevant(devices[device_id], spec)
-        search = Search(shape, sizes, device_id, profile, correction)
+        own = (terms or {}).get(device_id)
+        search = Search(shape, sizes, device_id, profile, correction, own)
         if search.offers:
             searches.append(search)
         else:
@@ -328,4 +333,7 @@ def _plan(
         update_encoding=choice.offer.encoding,
         uncorrected_peak_bytes=search.uncorrected_peak_bytes(work),
         time_factor=search.correction.time,
+        budget=choice.offer.budget,
+        update=None if choice.offer.fit is None else choice.offer.fit.payload,
+        expected_error=choice.offer.error,
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.allowance import allowances
 from coordinator.config import RunConfig
+from coordinator.plan_types import UpdateTerms
 from coordinator.planner import (
     SHORTEST_ROUND_S,
     DevicePlan,
@@ -121,8 +123,9 @@ def what_if(model: str, shape: ModelShape, config: RunConfig, groups: Sequence[G
         if not group.board.no_trainer
         for device_id in group.device_ids
     }
-    ordinary = _plan(shape, spec, _policy(config, measuring=False), devices)
-    measuring = _plan(shape, spec, _policy(config, measuring=True), devices)
+    terms = _terms(shape, spec, config, devices)
+    ordinary = _plan(shape, spec, _policy(config, measuring=False), devices, terms)
+    measuring = _plan(shape, spec, _policy(config, measuring=True), devices, terms)
     every = config.evaluation.every_rounds
     busy_s, measuring_s = _busy(ordinary), _busy(measuring) if measuring.devices else None
     rounds = _rounds_a_day(busy_s, measuring_s, every)
@@ -161,11 +164,30 @@ def what_if(model: str, shape: ModelShape, config: RunConfig, groups: Sequence[G
     )
 
 
+def _terms(
+    shape: ModelShape, spec: AdapterSpec, config: RunConfig, devices: dict[str, DeviceProfile]
+) -> dict[str, UpdateTerms]:
+    """Byte budgets at the beginning of a day whose rounds are as long as without one."""
+    plan = config.plan
+    if not plan.bytes_per_round and not plan.bytes_per_day:
+        return {}
+    free = _plan(shape, spec, _policy(config, measuring=False), devices, {})
+    limits = allowances(
+        (), devices, 0.0, per_round=plan.bytes_per_round, per_day=plan.bytes_per_day,
+        length_s=_busy(free), rounds_left=config.run.rounds,
+    )  # fmt: skip
+    return {device_id: UpdateTerms(size) for device_id, size in limits.items()}
+
+
 def _plan(
-    shape: ModelShape, spec: AdapterSpec, policy: PlanPolicy, devices: dict[str, DeviceProfile]
+    shape: ModelShape,
+    spec: AdapterSpec,
+    policy: PlanPolicy,
+    devices: dict[str, DeviceProfile],
+    terms: dict[str, UpdateTerms],
 ) -> RoundPlan:
     try:
-        return plan_round(shape, spec, policy, devices)
+        return plan_round(shape, spec, policy, devices, terms=terms)
     except PlanError as error:
         return error.plan
 

@@ -20,6 +20,9 @@ GROUP_COLUMNS = (
     "MB down\nup",
 )  # fmt: skip
 DAY_COLUMNS = ("devices", "each a day\ndown", "\nup", "in all a day\ndown", "\nup")
+BUDGET_COLUMNS = (
+    "devices", "update of\nkB at most", "\nexpected", "encoding", "values\nkept", "expected\nerror"
+)  # fmt: skip
 BOARD_COLUMNS = ("board", "", "memory", "GB/s", "TFLOPS fp16", "power modes")
 LINK_COLUMNS = ("link", "", "Mbit/s\nup", "\ndown", "round trip", "varies by", "loss", "metered")
 MODEL_COLUMNS = ("model", "on the hub", "parameters")
@@ -97,6 +100,25 @@ def allowance_lines(found: WhatIf) -> list[str]:
                 f"{_amount(link.budget_bytes)} that the owner allows; plan fewer or longer rounds"
             )
     return lines
+
+
+def budget_table(found: WhatIf) -> list[list[str]]:
+    """What byte budgets make of updates, columns as `BUDGET_COLUMNS`; empty without any."""
+    rows = []
+    for g in found.groups:
+        plan = g.plan
+        if plan is None or plan.budget is None or plan.update is None:
+            continue
+        update = plan.update
+        rows.append([
+            _heading(g),
+            f"{plan.budget.size_bytes / 1e3:,.1f}",
+            f"{plan.predicted.up_bytes / 1e3:,.1f}",
+            f"{update.encoding}/{update.group}" if update.group else update.encoding,
+            f"{update.density:.2g}",
+            f"{plan.expected_error:.2f}",
+        ])  # fmt: skip
+    return rows
 
 
 def reason_lines(found: WhatIf) -> list[str]:

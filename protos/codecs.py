@@ -1,4 +1,4 @@
-"""How blocks of numbers become bytes: floats, halves, and 8, 4, 2 or 1 bit under a scale.
+"""How blocks of numbers become 8, 4, 2 or 1 bit under a scale; and the table of all codecs.
 
 Knows one (rows, columns) block at a time, or the values that a sparse file keeps of it. It does
 not know files, modules or parts (`packing`), nor which values are kept (`gaps`).
@@ -6,165 +6,32 @@ not know files, modules or parts (`packing`), nor which values are kept (`gaps`)
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.errors import SketchfleetError
 from protos.contract import Encoding
+from protos.plain_codecs import (
+    BFloat16,
+    Bytes,
+    Codec,
+    Float32,
+    NonFiniteError,
+    PackingError,
+    Values,
+    all_finite,
+    squares,
+)
 
-Values = NDArray[np.float32]
-Bytes = bytes | memoryview
+__all__ = [
+    "CODECS", "Bytes", "Codec", "NonFiniteError", "PackingError", "Values", "all_finite", "squares",
+]  # fmt: skip
+
 AT_ONCE = 1 << 16  # values that are rounded together
-
-
-class PackingError(SketchfleetError):
-    """Factors cannot be packed, or bytes are not the packed file they should be."""
-
-
-class NonFiniteError(PackingError):
-    """A value or scale is NaN, infinite, or too large for the encoding."""
-
-
-def squares(values: Values) -> float:
-    """The sum of squared values, in float32 blocks; not finite if a value is not, or too large."""
-    flat = values.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.dot(flat, flat))
-
-
-def all_finite(values: Values) -> bool:
-    """Whether no value is NaN or infinite; looks twice only where squares overflow."""
-    return math.isfinite(squares(values)) or bool(np.isfinite(values).all())
-
-
-class Codec(ABC):
-    """How finite float32 become bytes. `noise` is seeded; zero decodes to zero wherever it can.
-
-    wire_id: pairwise two bits apart, so that no single flipped bit turns one into another.
-    bits: of a value. scaled: values are multiples of the scale of their group, which is `group`
-    neighbours in a row (the last one of a row may have fewer), or the whole row for 0. A scale is
-    a float32 for a row and a bfloat16 for a smaller group.
-    """
-
-    name: ClassVar[Encoding]
-    wire_id: ClassVar[int]
-    bits: ClassVar[int]
-    scaled: ClassVar[bool] = False
-
-    def groups(self, columns: int, group: int) -> int:
-        """Scales of a row."""
-        return (-(-columns // group) if group else 1) if self.scaled else 0
-
-    def scale_bytes(self, rows: int, columns: int, group: int) -> int:
-        """Bytes of all scales of a block."""
-        return rows * self.groups(columns, group) * (2 if group else 4)
-
-    def code_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the values of a block, less their scales: every row is filled up to a byte.
-
-        So rows can be cut, and k of r rows take exactly k/r of the bytes. What a sparse file keeps
-        of a block is one row.
-        """
-        return rows * -(-columns * self.bits // 8)
-
-    @abstractmethod
-    def encode(
-        self, values: Values, noise: np.random.Philox, group: int = 0
-    ) -> tuple[Bytes, Bytes]:
-        """Scales and values of a (rows, columns) block. Raises `NonFiniteError` on overflow."""
-
-    @abstractmethod
-    def decode(self, data: memoryview, rows: int, columns: int, group: int = 0) -> Values:
-        """A (rows, columns) array from scales and values, perhaps a read-only view of `data`.
-
-        May hold non-finite values when `data` is hostile.
-        """
-
-    @abstractmethod
-    def encode_kept(
-        self, values: Values, mask: NDArray[np.bool_], noise: np.random.Philox, group: int = 0
-    ) -> tuple[Bytes, Bytes]:
-        """Scales of a (rows, columns) block, and its values where `mask` says, in order."""
-
-    @abstractmethod
-    def decode_kept(
-        self, data: memoryview, kept: NDArray[np.int64], rows: int, columns: int, group: int = 0
-    ) -> Values:
-        """The values (count,) at the flat places `kept`, from scales and values."""
-
-
-class _Plain(Codec):
-    """Values that stand for themselves."""
-
-    stored: ClassVar[Any]  # the little-endian type of a value
-
-    @abstractmethod
-    def _code(self, values: Values) -> NDArray[Any]:
-        """As they are stored."""
-
-    @abstractmethod
-    def _value(self, codes: NDArray[Any]) -> Values:
-        """As they were."""
-
-    def encode(
-        self, values: Values, noise: np.random.Philox, group: int = 0
-    ) -> tuple[Bytes, Bytes]:
-        return b"", np.ascontiguousarray(self._code(values), self.stored).data.cast("B")
-
-    def decode(self, data: memoryview, rows: int, columns: int, group: int = 0) -> Values:
-        return self._value(np.frombuffer(data, self.stored)).reshape(rows, columns)
-
-    def encode_kept(
-        self, values: Values, mask: NDArray[np.bool_], noise: np.random.Philox, group: int = 0
-    ) -> tuple[Bytes, Bytes]:
-        return self.encode(values[mask], noise)
-
-    def decode_kept(
-        self, data: memoryview, kept: NDArray[np.int64], rows: int, columns: int, group: int = 0
-    ) -> Values:
-        return self._value(np.frombuffer(data, self.stored))
-
-
-class Float32(_Plain):
-    """Values as they are."""
-
-    name: ClassVar[Encoding] = "float32"
-    wire_id: ClassVar[int] = 0b000011
-    bits: ClassVar[int] = 32
-    stored: ClassVar[Any] = "<f4"
-
-    def _code(self, values: Values) -> NDArray[Any]:
-        return values
-
-    def _value(self, codes: NDArray[Any]) -> Values:
-        """On little-endian machines a view."""
-        return codes.astype(np.float32, copy=False)
-
-
-class BFloat16(_Plain):
-    """Upper half of a float32, rounded to nearest even: relative error at most 2**-8."""
-
-    name: ClassVar[Encoding] = "bfloat16"
-    wire_id: ClassVar[int] = 0b000101
-    bits: ClassVar[int] = 16
-    stored: ClassVar[Any] = "<u2"
-
-    def _code(self, values: Values) -> NDArray[Any]:
-        """Adds half of the dropped part, less one when the kept part is even, then cuts."""
-        bits = values.astype(np.float32).view(np.uint32)
-        halves = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
-        if np.any((halves & 0x7F80) == 0x7F80):
-            raise NonFiniteError("a value above 3.39e38 is too large for bfloat16; use float32")
-        return halves
-
-    def _value(self, codes: NDArray[Any]) -> Values:
-        """Exact: every bfloat16 is a float32."""
-        return (codes.astype(np.uint32) << 16).view(np.float32)
+MOST_FITTED = 1 << 14  # values of a block that scales are tried on
 
 
 class _Scaled(Codec):
@@ -172,14 +39,21 @@ class _Scaled(Codec):
 
     scaled: ClassVar[bool] = True
     highest: ClassVar[float]  # level; the peak of a group is this many scales
+    fits: ClassVar[tuple[float, ...]] = (1.0,)  # of the peak, what the highest level may be
 
     @abstractmethod
     def _levels(self) -> Values:
         """The level of each code."""
 
     @abstractmethod
-    def _codes(self, levels: NDArray[np.float64], noise: np.random.Philox) -> NDArray[np.uint8]:
+    def _codes(
+        self, levels: NDArray[np.float64], noise: np.random.Philox | None
+    ) -> NDArray[np.uint8]:
         """The codes (0 .. 2**bits - 1) of values given in scales."""
+
+    @abstractmethod
+    def _squared_errors(self, levels: NDArray[Any], *, nearest: bool) -> NDArray[Any]:
+        """Expected squares of what rounding loses of values given in scales, in squared scales."""
 
     def _peaks(self, values: Values, group: int) -> NDArray[np.float64]:
         """(rows, groups) what `highest` scales are to be."""
@@ -192,9 +66,9 @@ class _Scaled(Codec):
         return peaks
 
     def encode(
-        self, values: Values, noise: np.random.Philox, group: int = 0
+        self, values: Values, noise: np.random.Philox | None, group: int = 0
     ) -> tuple[Bytes, Bytes]:
-        scale, stored = self._scales(values, group)
+        scale, stored = self._scales(values, group, fit=noise is None)
         divisor = np.where(scale == 0, np.float32(1), scale).astype(np.float64)
         wide = self.code_bytes(1, values.shape[1]) * 8 // self.bits
         codes = np.zeros((len(values), wide), np.uint8)
@@ -216,9 +90,14 @@ class _Scaled(Codec):
         return levels
 
     def encode_kept(
-        self, values: Values, mask: NDArray[np.bool_], noise: np.random.Philox, group: int = 0
+        self,
+        values: Values,
+        mask: NDArray[np.bool_],
+        noise: np.random.Philox | None,
+        group: int = 0,
     ) -> tuple[Bytes, Bytes]:
-        scale, stored = self._scales(np.where(mask, values, np.float32(0)), group)
+        thinned = np.where(mask, values, np.float32(0))
+        scale, stored = self._scales(thinned, group, fit=noise is None)
         divisor = np.where(scale == 0, np.float32(1), scale).astype(np.float64)
         kept = np.flatnonzero(mask)
         each = divisor.reshape(-1)[_group_of(kept, values.shape[1], group)]
@@ -236,9 +115,24 @@ class _Scaled(Codec):
             levels *= scale[_group_of(kept, columns, group)]
         return levels
 
-    def _scales(self, values: Values, group: int) -> tuple[Values, bytes]:
-        """(rows, groups) float32 scales as the reader will have them, and their bytes."""
+    def squared_errors(
+        self, values: Values, mask: NDArray[np.bool_] | None, group: int, *, nearest: bool
+    ) -> float:
+        scale = self._scales(values, group, fit=nearest)[0]
+        each = _each(np.where(scale == 0, np.float32(1), scale), values.shape[1], group)
+        errors = self._squared_errors(values / each, nearest=nearest)
+        errors *= np.square(each)
+        return float(errors.sum(dtype=np.float64, where=True if mask is None else mask))
+
+    def _scales(self, values: Values, group: int, *, fit: bool = False) -> tuple[Values, bytes]:
+        """(rows, groups) float32 scales as the reader will have them, and their bytes.
+
+        fit: those of least error to the nearest level, if smaller than what keeps every value
+        within the levels; one factor for the whole block.
+        """
         peak = self._peaks(values, group)
+        if fit and len(self.fits) > 1 and peak.any():
+            peak *= self._fit(values, peak, group)
         with np.errstate(over="ignore"):
             scale = (peak / self.highest).astype(np.float32)
             # A scale rounded down would put the peak beyond the highest level, where it is biased.
@@ -254,6 +148,19 @@ class _Scaled(Codec):
                     f"a value above 3.3e38 is too large for {self.name}; use float32"
                 )
         return scale, stored
+
+    def _fit(self, values: Values, peak: NDArray[np.float64], group: int) -> float:
+        """Which of `fits`, times the peaks, loses least; tried on a sample of the rows."""
+        every = -(-values.size // MOST_FITTED)
+        some, scale = values[::every], (peak[::every] / self.highest).astype(np.float32)
+        each = _each(np.where(scale == 0, np.float32(1), scale), values.shape[1], group)
+        there = some != 0  # of a sparse block, what is kept
+        levels, weights = (some / each)[there], np.square(np.broadcast_to(each, some.shape)[there])
+        lost = [
+            float(weights @ self._squared_errors(levels / np.float32(f), nearest=True)) * f * f
+            for f in self.fits
+        ]
+        return self.fits[int(np.argmin(lost))]
 
     def _joined(self, codes: NDArray[np.uint8]) -> Bytes:
         """Codes (n,) that fill whole bytes as those bytes, the first in the lowest bits."""
@@ -291,19 +198,41 @@ class _Rounded(_Scaled):
 
     middle: ClassVar[float] = 0.0  # added to levels that lie between whole numbers
 
-    def _codes(self, levels: NDArray[np.float64], noise: np.random.Philox) -> NDArray[np.uint8]:
+    def _codes(
+        self, levels: NDArray[np.float64], noise: np.random.Philox | None
+    ) -> NDArray[np.uint8]:
         """Whole steps in two's complement of `bits` bits, so that zero is zero."""
+        if noise is None:
+            steps = np.clip(levels, -self.highest, self.highest)
+            return self._floored(steps, 0.5)
         raw = noise.random_raw((levels.size + 1) // 2).astype("<u8").view("<u4")
         # 32 bits of noise and a level of at most 127 add exactly in float64.
         steps = raw[: levels.size].reshape(levels.shape).astype(np.float64)
         steps *= 2.0**-32
         steps += levels
-        if self.middle:
-            steps += self.middle
+        return self._floored(steps, 0.0)
+
+    def _floored(self, steps: NDArray[np.float64], more: float) -> NDArray[np.uint8]:
+        """Codes of whole steps, in the memory of `steps`."""
+        if self.middle + more:
+            steps += self.middle + more
         codes = np.floor(steps, out=steps).astype(np.int8).view(np.uint8)
         if self.bits < 8:
             codes &= np.uint8(2**self.bits - 1)
         return codes
+
+    def _squared_errors(self, levels: NDArray[Any], *, nearest: bool) -> NDArray[Any]:
+        if nearest:
+            inside = np.clip(levels, -self.highest, self.highest)
+            found = np.rint(inside + np.float32(self.middle))
+            found -= levels
+            found -= np.float32(self.middle)
+            squared: NDArray[Any] = np.square(found, out=found)
+            return squared
+        up = levels + np.float32(self.middle)
+        up -= np.floor(up)
+        up -= np.square(up)
+        return up
 
     def _levels(self) -> Values:
         codes = np.arange(2**self.bits)
@@ -327,6 +256,7 @@ class Int4(_Rounded):
     wire_id: ClassVar[int] = 0b001001
     bits: ClassVar[int] = 4
     highest: ClassVar[float] = 7.0
+    fits: ClassVar[tuple[float, ...]] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 class Int2(_Rounded):
@@ -336,6 +266,7 @@ class Int2(_Rounded):
     wire_id: ClassVar[int] = 0b001010
     bits: ClassVar[int] = 2
     highest: ClassVar[float] = 1.5
+    fits: ClassVar[tuple[float, ...]] = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2)
     middle: ClassVar[float] = -0.5
 
 
@@ -354,8 +285,16 @@ class Sign(_Scaled):
     def _levels(self) -> Values:
         return np.array([-1, 1], np.float32)
 
-    def _codes(self, levels: NDArray[np.float64], noise: np.random.Philox) -> NDArray[np.uint8]:
+    def _codes(
+        self, levels: NDArray[np.float64], noise: np.random.Philox | None
+    ) -> NDArray[np.uint8]:
         return (levels >= 0).astype(np.uint8)
+
+    def _squared_errors(self, levels: NDArray[Any], *, nearest: bool) -> NDArray[Any]:
+        found = np.abs(levels)
+        found -= 1
+        squared: NDArray[Any] = np.square(found, out=found)
+        return squared
 
     def _peaks(self, values: Values, group: int) -> NDArray[np.float64]:
         """Means over what is there: a sparse block comes with zeros where nothing is kept."""

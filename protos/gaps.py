@@ -34,13 +34,7 @@ def encode(kept: NDArray[np.int64], size: int) -> bytes:
     """The places `kept` (count,), ascending and below `size`, in whichever form is shorter."""
     count = len(kept)
     gaps = np.diff(kept, prepend=-1) - 1
-    best, bits = BITMAP, bitmap_bytes(size) * 8
-    mean = (size - count) / max(1, count)
-    guess = int(np.log2(max(1.0, 0.69 * mean)))
-    for low in range(max(0, guess - 1), min(MOST_BITS, guess + 2) + 1):
-        needed = 8 * -(-count * low // 8) + int((gaps >> low).sum()) + count
-        if needed < bits:
-            best, bits = low, needed
+    best = _shortest(gaps, size)[0]
     if best == BITMAP:
         mask = np.zeros(size, np.uint8)
         mask[kept] = 1
@@ -51,6 +45,24 @@ def encode(kept: NDArray[np.int64], size: int) -> bytes:
     unary[ends] = 1
     packed = (np.packbits(part, bitorder="little").tobytes() for part in (lows.reshape(-1), unary))
     return bytes((best,)) + b"".join(packed)
+
+
+def encoded_bytes(kept: NDArray[np.int64], size: int) -> int:
+    """How long `encode` of these is."""
+    return 1 + _shortest(np.diff(kept, prepend=-1) - 1, size)[1]
+
+
+def _shortest(gaps: NDArray[np.int64], size: int) -> tuple[int, int]:
+    """(coder, bytes without its own) of the shorter form."""
+    count = len(gaps)
+    best, least = BITMAP, 8 * bitmap_bytes(size)
+    mean = (size - count) / max(1, count)
+    guess = int(np.log2(max(1.0, 0.69 * mean)))
+    for low in range(max(0, guess - 1), min(MOST_BITS, guess + 2) + 1):
+        needed = 8 * -(-count * low // 8) + int((gaps >> low).sum()) + count  # bits
+        if needed < least:
+            best, least = low, needed
+    return best, -(-least // 8)
 
 
 def decode(data: memoryview, count: int, size: int) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ bytes are stored (its highest bit: as a Zstandard frame). Its size has a limit t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from functools import lru_cache
 from typing import get_args
 
 from protos.codecs import CODECS, Codec, PackingError, Values
-from protos.contract import AdapterSpec, Encoding, Part, Payload
+from protos.contract import AdapterSpec, Assignment, Encoding, Part, Payload
 from protos.gaps import bitmap_bytes
 
 MAGIC = b"SKFP"
@@ -180,12 +181,20 @@ def expected_bytes(spec: AdapterSpec, payload: Payload) -> int:
         return layout.most_bytes
     every = [b for parts in layout.blocks.values() for b in parts.values()]
     values = sum(b.size for b in every)
-    p = layout.kept / values
-    entropy = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
-    index = values * min(1.0, 1.015 * entropy) / 8
     scales = sum(codec.scale_bytes(b.rows, b.columns, payload.group) for b in every)
-    found = HEADER_BYTES + 9 * layout.count + index + scales + codec.code_bytes(1, layout.kept)
-    return min(layout.most_bytes, math.ceil(found))
+    found = sparse_bytes(values, layout.count, scales, layout.kept / values, codec.bits)
+    return min(layout.most_bytes, found)
+
+
+def sparse_bytes(values: int, blocks: int, scale_bytes: int, density: float, bits: int) -> int:
+    """Size to plan with of a sparse file of so many values: places at the entropy of a fair draw.
+
+    scale_bytes: of all its blocks. bits: of a value.
+    """
+    entropy = -sum(q * math.log2(q) for q in (density, 1 - density) if q > 0)
+    index = values * min(1.0, 1.015 * entropy) / 8
+    codes = math.ceil(round(density * values) * bits / 8)
+    return math.ceil(HEADER_BYTES + 9 * blocks + index + scale_bytes + codes)
 
 
 def codec_of(encoding: Encoding) -> Codec:
@@ -207,6 +216,60 @@ def header_of(layout: Layout, payload: Payload, assignment_digest: bytes) -> byt
         layout.modules, payload.rank, _kept_field(layout, payload), layout.spec_digest,
         assignment_digest,
     )  # fmt: skip
+
+
+def most_update_bytes(spec: AdapterSpec, task: Assignment) -> tuple[int, bool]:
+    """(size, whether it must be exactly that) of an update. Raises `PackingError`."""
+    if task.budget is not None:
+        return task.budget.size_bytes, False
+    layout = layout_of(spec, task.update)
+    return layout.most_bytes, layout.fixed
+
+
+def chosen_payload(header: memoryview, size: int, spec: AdapterSpec, task: Assignment) -> Payload:
+    """What an update holds: as assigned, or as its header says where the device may choose.
+
+    size: of the whole file, bytes. A choice beyond the budget's terms is refused; that the header
+    is right besides, `check_contents` sees to. Raises `PackingError`.
+    """
+    if task.budget is None:
+        return task.update
+    if header.nbytes < HEADER_BYTES or size > task.budget.size_bytes:
+        raise WrongSizeError(
+            f"an update of {size:,} bytes, where {HEADER_BYTES} to {task.budget.size_bytes:,} are "
+            "allowed; restart the agent"
+        )
+    _, _, wire_id, _, group, _, _, kept_field, _, _ = HEADER.unpack_from(header)
+    codec = next((c for c in CODECS.values() if c.wire_id == wire_id), None)
+    if codec is None or codec.name not in task.budget.encodings:
+        raise WrongEncodingError(
+            f"encoding id {wire_id} is none of {', '.join(task.budget.encodings)}, among which the "
+            "device may choose; bring agent and coordinator to the same release"
+        )
+    if codec.scaled and group not in task.budget.groups:
+        raise WrongFormatError(
+            f"groups of {group} values are none of {list(task.budget.groups)}, among which the "
+            "device may choose; bring agent and coordinator to the same release"
+        )
+    whole = Payload(
+        task.update.rank, codec.name, task.update.parts, 1.0, group, task.update.compressed
+    )
+    kept = kept_field % COMPRESSED
+    if not kept:
+        return whole
+    blocks = layout_of(spec, whole).blocks
+    values = sum(block.size for parts in blocks.values() for block in parts.values())
+    if not task.budget.sparse or kept > values:
+        raise WrongSizeError(
+            f"{kept} of {values} values are kept, which this assignment does not allow; restart "
+            "the agent"
+        )
+    return dataclasses.replace(whole, density=density_of(kept, values))
+
+
+def density_of(kept: int, values: int) -> float:
+    """A density at which a file of so many values keeps so many: clear of rounding."""
+    return (kept - 0.5) / values
 
 
 def check_format(header: memoryview, payload: Payload) -> None:

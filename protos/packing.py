@@ -7,7 +7,7 @@ Knows values and files. It does not know which rows of the global adapter these 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 import numpy as np
@@ -37,7 +37,8 @@ class PackedWriter:
     """Writes a packed file part by part into a binary stream, so that memory holds one module.
 
     The stream must be seekable if the payload is compressed. Not for sparse payloads: which values
-    are kept depends on all of them (`pack`). `seed` alone keys the rounding noise: pass the
+    are kept depends on all of them (`pack`). Without a seed values go to their nearest level, for
+    files with error feedback. `seed` alone keys the rounding noise: pass the
     assignment's own, which differs by round and device, so that devices do not err alike. Its
     digest keys nothing, since it names the run and where the base lies, and plans replayed
     elsewhere must give the same bits.
@@ -50,7 +51,7 @@ class PackedWriter:
         payload: Payload,
         *,
         assignment_digest: bytes = NO_ASSIGNMENT,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         self._layout, self._codec = layout_of(spec, payload), codec_of(payload.encoding)
         if self._layout.kept:
@@ -103,7 +104,7 @@ def pack(
     factors: Mapping[str, Mapping[Part, Values]],
     *,
     assignment_digest: bytes = NO_ASSIGNMENT,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> bytes:
     """Packs the payload's parts of every module of the spec (`PackedWriter` for `seed`).
 
@@ -135,7 +136,7 @@ def _pack_sparse(
     payload: Payload,
     factors: Mapping[str, Mapping[Part, Values]],
     assignment_digest: bytes,
-    seed: int,
+    seed: int | None,
 ) -> bytes:
     codec = codec_of(payload.encoding)
     places = [(name, part) for name, parts in layout.blocks.items() for part in parts]
@@ -148,9 +149,7 @@ def _pack_sparse(
     ]
     table: list[int] = []
     body: list[Bytes] = []
-    for (name, part), block, mask in zip(
-        places, values, _largest(values, layout.kept), strict=True
-    ):
+    for (name, part), block, mask in zip(places, values, largest(values, layout.kept), strict=True):
         kept = np.flatnonzero(mask)
         scales, codes = codec.encode_kept(block, mask, _noise(seed, name, part), payload.group)
         stored = b"".join((gaps.encode(kept, block.size), scales, codes))
@@ -169,7 +168,7 @@ def _shorter(block: bytes) -> tuple[bytes, int]:
     return (frame, len(frame) | FRAME) if len(frame) < len(block) else (block, len(block))
 
 
-def _largest(values: list[Values], kept: int) -> list[NDArray[np.bool_]]:
+def largest(values: Sequence[Values], kept: int) -> list[NDArray[np.bool_]]:
     """Masks of the `kept` largest magnitudes over all blocks; the first of equals."""
     sizes = np.concatenate([np.abs(block).ravel() for block in values])
     threshold = np.partition(sizes, len(sizes) - kept)[len(sizes) - kept]
@@ -183,8 +182,8 @@ def _largest(values: list[Values], kept: int) -> list[NDArray[np.bool_]]:
     ]
 
 
-def _noise(seed: int, name: str, part: Part) -> np.random.Philox:
-    return keyed_stream("pack", seed, part, name)
+def _noise(seed: int | None, name: str, part: Part) -> np.random.Philox | None:
+    return None if seed is None else keyed_stream("pack", seed, part, name)
 
 
 def _finite_block(values: Values, block: Block, what: str) -> Values:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from protos import gaps
 from protos.codecs import NonFiniteError, squares
-from protos.contract import AdapterSpec, Payload
+from protos.contract import AdapterSpec, Assignment, Payload
 from protos.layout import (
     FRAME,
     HEADER_BYTES,
@@ -28,6 +28,7 @@ from protos.layout import (
     WrongSpecError,
     check_contents,
     check_format,
+    chosen_payload,
     codec_of,
     layout_of,
 )
@@ -43,13 +44,14 @@ class PackedReader:
 
     def __init__(
         self,
-        source: Buffer | PackedFile,
+        source: Buffer | PackedFile | _Memory,
         spec: AdapterSpec,
         payload: Payload,
         *,
         assignment_digest: bytes = NO_ASSIGNMENT,
     ) -> None:
-        self._source = source if isinstance(source, PackedFile) else _Memory(source)
+        self._source = source if isinstance(source, PackedFile | _Memory) else _Memory(source)
+        self._payload = payload
         self._codec, self._group = codec_of(payload.encoding), payload.group
         header = self._source.read(0, min(HEADER_BYTES, self._source.size))
         check_format(header, payload)
@@ -57,6 +59,11 @@ class PackedReader:
         check_contents(header, self._source.size, self._layout, payload, assignment_digest)
         if not self._layout.fixed:
             self._counts, self._stored, self._starts = self._read_table()
+
+    @property
+    def payload(self) -> Payload:
+        """What the file holds."""
+        return self._payload
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -239,6 +246,19 @@ def open_packed(
     Raises `PackingError`, `OSError`.
     """
     return PackedReader(PackedFile(path), spec, payload, assignment_digest=assignment_digest)
+
+
+def open_update(
+    source: Path | Buffer, spec: AdapterSpec, task: Assignment, digest: bytes | None = None
+) -> PackedReader:
+    """Opens the update that answers an assignment, as whatever the device was free to send.
+
+    digest: of the assignment, where it is known already. Raises `PackingError`, `OSError`.
+    """
+    file = PackedFile(source) if isinstance(source, Path) else _Memory(source)
+    header = file.read(0, min(HEADER_BYTES, file.size))
+    payload = chosen_payload(header, file.size, spec, task)
+    return PackedReader(file, spec, payload, assignment_digest=digest or task.digest)
 
 
 def unpack(

@@ -7,16 +7,32 @@ the rows of a slice lie in the global adapter. It knows no models.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edge_agent.training.home import Rows
 from protos.codecs import Values
-from protos.contract import AdapterSpec, Assignment, Part
+from protos.contract import AdapterSpec, Assignment, ErrorCurve, Part, Payload
+from protos.fitting import fit
 from protos.layout import Parts
 from protos.packing import pack
-from protos.unpacking import unpack
+from protos.unpacking import open_update
+
+
+@dataclass(frozen=True, eq=False)
+class PackedUpdate:
+    """The packed update, the residual after it, and what was chosen under a byte budget.
+
+    error: ||sent - due||^2 / ||due||^2; curves: what the other choices would have lost.
+    """
+
+    data: bytes
+    residual: dict[str, Parts]
+    chosen: Payload | None = None
+    error: float = 0.0
+    curves: tuple[ErrorCurve, ...] = ()
 
 
 def pack_update(
@@ -25,16 +41,18 @@ def pack_update(
     delta: Mapping[str, Parts],
     rows: Rows,
     residual: Mapping[str, Parts],
-) -> tuple[bytes, dict[str, Parts]]:
-    """The packed update, and the residual after it.
+) -> PackedUpdate:
+    """The packed update, under a byte budget as whatever loses least of it.
 
     delta: trained minus received, of the parts to be sent. With `error_feedback`, the residual of
     the slice's rows is added before packing, and what the packing loses is theirs from then on;
-    rows that are not in the slice keep what they have. Without it, nothing is added or left.
-    Raises `PackingError`.
+    rows that are not in the slice keep what they have. Values are then rounded to their nearest
+    level, not at random: what is fed back need not be unbiased (EF-SGD, arXiv 1901.09847), and
+    coarse levels lose half or less. Without error feedback nothing is added or left. Raises
+    `PackingError`.
     """
     if not task.error_feedback:
-        return _packed(spec, task, delta), {}
+        return _packed(spec, task, delta)
     after: dict[str, Parts] = {name: dict(parts) for name, parts in residual.items()}
     due: dict[str, Parts] = {name: {} for name in delta}
     for name, parts in delta.items():
@@ -43,15 +61,24 @@ def pack_update(
             due[name][part] = values + whole[_place(part, rows, name)]
             after.setdefault(name, {})[part] = whole
     packed = _packed(spec, task, due)
-    sent = unpack(packed, spec, task.update, assignment_digest=task.digest)
+    reader = open_update(packed.data, spec, task)
     for name, parts in due.items():
+        sent = reader.module(name)
         for part, values in parts.items():
-            after[name][part][_place(part, rows, name)] = values - sent[name][part]
-    return packed, _less_zeros(after)
+            after[name][part][_place(part, rows, name)] = values - sent[part]
+    return replace(packed, residual=_less_zeros(after))
 
 
-def _packed(spec: AdapterSpec, task: Assignment, delta: Mapping[str, Parts]) -> bytes:
-    return pack(spec, task.update, delta, assignment_digest=task.digest, seed=task.seed)
+def _packed(spec: AdapterSpec, task: Assignment, due: Mapping[str, Parts]) -> PackedUpdate:
+    seed = None if task.error_feedback else task.seed
+
+    def packed(payload: Payload) -> bytes:
+        return pack(spec, payload, due, assignment_digest=task.digest, seed=seed)
+
+    if task.budget is None:
+        return PackedUpdate(packed(task.update), {})
+    best, curves = fit(spec, task.update, task.budget, due, fed_back=task.error_feedback)
+    return PackedUpdate(packed(best.payload), {}, best.payload, best.error, curves)
 
 
 def _whole(spec: AdapterSpec, part: Part, values: Values, held: Values | None) -> Values:

@@ -13,9 +13,15 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.config import RunConfig
+from coordinator.methods import METHODS
 from coordinator.what_if import WhatIf, WhatIfError, what_if
 from coordinator.what_if_fleet import FleetError, Group, parse_fleet, read_fleet
-from coordinator.what_if_report import allowance_lines, left_out_lines, plain
+from coordinator.what_if_report import (
+    allowance_lines,
+    budget_table,
+    left_out_lines,
+    plain,
+)
 from profiles.catalogue import CatalogueError
 from profiles.models import load_models
 
@@ -215,6 +221,38 @@ def test_what_owners_allow_a_day_is_compared_with_what_would_move() -> None:
 def test_methods_are_planned_with_what_they_move(method: str) -> None:
     found = planned("4 rtx-4090 on fibre", method={"name": method})
     assert found.devices == 4 and found.a_day.up_bytes > 0
+
+
+def test_a_byte_budget_is_planned_with_and_shown() -> None:
+    wire = {"update": "auto", "error_feedback": True}
+    found = planned(plan={"bytes_per_round": 500_000}, wire=wire)
+    rows = budget_table(found)
+    assert len(rows) == sum(g.plan is not None for g in found.groups)
+    for row, plan in zip(rows, [g.plan for g in found.groups if g.plan], strict=True):
+        assert row[1] == f"{plan.budget.size_bytes / 1e3:,.1f}"
+        assert plan.predicted.up_bytes <= 500_000
+        assert row[-1] == f"{plan.expected_error:.2f}"
+    assert budget_table(planned()) == []
+
+
+def test_a_days_bytes_suffice_for_the_days_rounds() -> None:
+    wire = {"update": "auto", "error_feedback": True}
+    found = planned(run={"name": "x", "rounds": 100_000}, plan={"bytes_per_day": 20_000_000},
+                    wire=wire)  # fmt: skip
+    for g in found.groups:
+        if g.plan is not None:
+            assert 5_000_000 <= g.a_day.up_bytes <= 25_000_000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_planned_under_a_budget(method: str) -> None:
+    found = planned("1 orin-nano-8gb on fibre", "smollm2-135m", method={"name": method},
+                    plan={"bytes_per_round": 3_000_000}, wire={"update": "auto"})  # fmt: skip
+    plan = found.groups[0].plan
+    assert plan is not None and plan.update is not None
+    assert plan.predicted.up_bytes <= plan.budget.size_bytes <= 3_000_000
+    assert 0 <= plan.expected_error < 1
+    assert (plan.update.density < 1) == (method == "flasc")
 
 
 def test_tensors_trained_whole_need_the_weights() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from edge_agent.training.feedback import pack_update
 from profiles.model import ModuleShape
-from protos.contract import AdapterSpec, Assignment, Payload
+from protos.contract import AdapterSpec, Assignment, Payload, UpdateBudget
 from protos.sketch import slice_rows
-from protos.unpacking import unpack
+from protos.unpacking import open_update, unpack
 
 SPEC = AdapterSpec(
     "run", "base", "", "0" * 64, 16, 16.0, False, 3,
@@ -72,12 +72,47 @@ def test_what_was_sent_and_what_is_held_is_what_was_learned_over_50_rounds(paylo
             }
             for m in SPEC.modules
         } | {"norm.weight": {"dense": draw.standard_normal((1, 20), np.float32)}}
-        packed, residual = pack_update(SPEC, task, delta, rows, residual)
+        packed = pack_update(SPEC, task, delta, rows, residual)
+        residual = packed.residual
         add(learned, delta, rows)
-        add(sent, unpack(packed, SPEC, payload, assignment_digest=task.digest), rows)
+        add(sent, unpack(packed.data, SPEC, payload, assignment_digest=task.digest), rows)
     assert seen == set(range(16)), "every row was in some sketch"
     everything = {m.name: np.arange(16) for m in SPEC.modules}
     add(sent, residual, everything)
+    for name, parts in learned.items():
+        for part, values in parts.items():
+            np.testing.assert_allclose(sent[name][part], values, rtol=0, atol=2e-4, err_msg=name)
+
+
+BUDGETS = (260, 5000, 700, 400, 1200, 330, 2000, 500)  # bytes, in turn
+CHOICES = ("sign", "int2", "int4", "int8", "bfloat16")
+
+
+def test_nothing_is_lost_when_every_round_has_another_budget_and_so_another_encoding():
+    draw = np.random.default_rng(1)
+    learned, sent, residual = whole(), whole(), {}
+    chosen = set()
+    for round_ in range(50):
+        budget = UpdateBudget(BUDGETS[round_ % len(BUDGETS)], CHOICES, sparse=True)
+        task = dataclasses.replace(make_task(round_, Payload(5, "int8", PARTS)), budget=budget)
+        rows = {m.name: slice_rows(SPEC, task, m.name) for m in SPEC.modules}
+        delta = {
+            m.name: {
+                "up": draw.standard_normal((5, m.out_features), np.float32),
+                "down": draw.standard_normal((5, m.in_features), np.float32),
+            }
+            for m in SPEC.modules
+        } | {"norm.weight": {"dense": draw.standard_normal((1, 20), np.float32)}}
+        packed = pack_update(SPEC, task, delta, rows, residual)
+        residual = packed.residual
+        assert len(packed.data) <= budget.size_bytes
+        reader = open_update(packed.data, SPEC, task)
+        assert reader.payload == packed.chosen
+        chosen.add((packed.chosen.encoding, packed.chosen.group, packed.chosen.density < 1))
+        add(learned, delta, rows)
+        add(sent, {name: reader.module(name) for name in reader.names}, rows)
+    assert len(chosen) >= 5, chosen
+    add(sent, residual, {m.name: np.arange(16) for m in SPEC.modules})
     for name, parts in learned.items():
         for part, values in parts.items():
             np.testing.assert_allclose(sent[name][part], values, rtol=0, atol=2e-4, err_msg=name)
@@ -95,7 +130,7 @@ def test_without_feedback_nothing_is_held_and_coarse_updates_lose_some():
         for m in SPEC.modules
     }
     delta["norm.weight"] = {"dense": np.ones((1, 20), np.float32)}
-    packed, residual = pack_update(SPEC, task, delta, rows, {})
-    found = unpack(packed, SPEC, payload, assignment_digest=task.digest)
-    assert residual == {}
+    packed = pack_update(SPEC, task, delta, rows, {})
+    found = unpack(packed.data, SPEC, payload, assignment_digest=task.digest)
+    assert packed.residual == {}
     assert np.abs(found["a"]["up"] - delta["a"]["up"]).max() > 0.1
