@@ -1,33 +1,43 @@
 """Moving updates and slices, many clients at once, against bare gRPC streams of the same bytes.
 
 A real coordinator process and the agent's own link code on loopback; devices are fake and do not
-train. The bare peer is a gRPC server (asyncio, as ours) that takes a stream of 128 KiB messages and
-throws them away, or sends them, with no files, checksums, or accounts. Both run one server process
-and one client process. `throughput` is bytes of all clients over the seconds from the first call
-to the last answer; `of bare` is ours over the peer's in the same run.
+train. `throughput` is bytes of all clients over the seconds from the first call to the last answer:
+for us that is the receipt, with the update hashed, synced to disk, decoded, checked and entered in
+the database. Both sides run one server process and one client process, in plain text.
+
+`of bare`: over a plain gRPC program that throws its messages away, at its best message size.
+`of files`: over the same program reading, writing and hashing files (`_bare_grpc`).
+`--slow`: a fast client beside 200 slow ones. `--agent`: what an agent's network process holds.
+`--link`: over 1 Mbit/s, 300 ms, 2 % loss and outages, against plain TCP; needs root.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
-import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 
+from benchmarks._bare_grpc import bare_rates
+from benchmarks._one_agent import resident_bytes
 from benchmarks.exchange import fake_base, profile
-from benchmarks.merge import resident_bytes
 from edge_agent.link import Link
+from edge_agent.pace import Pace
 from profiles.model import ModuleShape
-from protos.contract import AdapterSpec, Assignment, BlobRef, LocalReport, from_message
+from profiles.trace import LinkState, Outage, steady
+from protos.contract import AdapterSpec, Assignment, BlobRef, LocalReport, from_message, to_plain
 from protos.layout import Parts
 from protos.packing import pack
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -35,8 +45,10 @@ from protos.transfer import sha256_of
 from trials.fleet import LocalFleet
 
 MIB = 2**20
-BARE_CHUNK_BYTES = 128 * 1024
-GENERIC = "/bare.Bare/"
+BARE_MESSAGE_BYTES = (128 * 1024, 512 * 1024, MIB)
+SLOW_BPS = 64_000.0
+FAST = 8  # clients alone, and as many beside the slow ones
+WORST = steady(LinkState(1e6, 1e6, 0.15, 0.02), Outage(60, 20))
 
 
 @dataclass(frozen=True)
@@ -53,71 +65,6 @@ class Speeds:
 
     up: float
     down: float
-
-
-# --- the peer -----------------------------------------------------------------------------------
-
-
-async def _bare_server(port: Any) -> None:
-    async def take(messages: AsyncIterator[bytes], context: Any) -> bytes:
-        received = 0
-        async for message in messages:
-            received += len(message)
-        return str(received).encode()
-
-    async def give(request: bytes, context: Any) -> AsyncIterator[bytes]:
-        block, left = bytes(BARE_CHUNK_BYTES), int(request)
-        while left > 0:
-            yield block[:left]
-            left -= len(block)
-
-    server = grpc.aio.server()
-    handlers = {
-        "Take": grpc.stream_unary_rpc_method_handler(take),
-        "Give": grpc.unary_stream_rpc_method_handler(give),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Bare", handlers),))
-    port.send(server.add_insecure_port("127.0.0.1:0"))
-    await server.start()
-    await server.wait_for_termination()
-
-
-def _run_bare_server(port: Any) -> None:
-    asyncio.run(_bare_server(port))
-
-
-async def _bare(case: Case, port: int) -> Speeds:
-    block = bytes(BARE_CHUNK_BYTES)
-
-    async def messages() -> AsyncIterator[bytes]:
-        for start in range(0, case.size_bytes, BARE_CHUNK_BYTES):
-            yield block[: case.size_bytes - start]
-
-    async def up(channel: Any) -> None:
-        answer = await channel.stream_unary(GENERIC + "Take")(messages())
-        assert int(answer) == case.size_bytes
-
-    async def down(channel: Any) -> None:
-        received = 0
-        async for message in channel.unary_stream(GENERIC + "Give")(str(case.size_bytes).encode()):
-            received += len(message)
-        assert received == case.size_bytes
-
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    channels = [
-        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) for _ in range(case.clients)
-    ]
-    for channel in channels:
-        await channel.channel_ready()
-    seconds = []
-    for work in (up, down):
-        began = time.perf_counter()
-        await asyncio.gather(*(work(channel) for channel in channels))
-        seconds.append(time.perf_counter() - began)
-    for channel in channels:
-        await channel.close(None)
-    total = case.clients * case.size_bytes
-    return Speeds(total / seconds[0], total / seconds[1])
 
 
 # --- ours ---------------------------------------------------------------------------------------
@@ -137,56 +84,85 @@ def _update(spec: AdapterSpec, task: Assignment) -> bytes:
     return pack(spec, task.update, sides, assignment_digest=task.digest)
 
 
-async def _ours(case: Case, fleet: LocalFleet, folder: Path) -> tuple[Speeds, int]:
-    """The speeds, and the bytes that a client really moved up."""
-    token = (fleet.state / "join-token").read_text().strip()
-    links = [Link(f"127.0.0.1:{fleet.port}") for _ in range(case.clients)]
-    tasks: list[Assignment] = []
-    specs: list[AdapterSpec] = []
+@dataclass
+class Joined:
+    """An enrolled device with its assignment and a packed update."""
 
-    async def join(number: int) -> None:
-        link = links[number]
-        await link.enroll(token, f"device-{number:03}", "0", 30)
-        answer = await link.next_task(None, "", 0, 30)
+    link: Link
+    spec: AdapterSpec
+    task: Assignment
+    update: Path
+    digest: str
+    fetched: Path  # a folder
+
+    @property
+    def slice(self) -> BlobRef:
+        """Its slice, which is one file."""
+        (blob,) = self.task.slice
+        return blob
+
+    async def down(self) -> None:
+        """Fetches the slice."""
+        await self.link.fetch(self.slice, self.fetched)
+
+    async def up(self) -> None:
+        """Pushes the update."""
+        await self.link.push(self.task.assignment_id, self.digest, self.update)
+
+
+async def join(fleet: LocalFleet, folder: Path, clients: int) -> list[Joined]:
+    """So many devices with assignments; their links have been measured, as agents' are."""
+    token = (fleet.state / "join-token").read_text().strip()
+
+    async def one(number: int) -> Joined:
+        link = Link(f"127.0.0.1:{fleet.port}")
+        await link.enroll(token, f"device-{number:03}", "0", 60)
+        await link.probe(metered=True)
+        answer = await link.next_task(None, "", 0, 60)
         spec = from_message(answer.spec, AdapterSpec)
         while answer.kind != pb.NextTaskResponse.KIND_ASSIGNMENT:
-            answer = await link.next_task(profile(spec.base_digest), "", 10, 30)
-        tasks.append(from_message(answer.assignment, Assignment))
-        specs.append(spec)
-        joined[tasks[-1].assignment_id] = link
-
-    joined: dict[str, Link] = {}
-    await asyncio.gather(*(join(number) for number in range(case.clients)))
-    spec = specs[0]
-    updates: list[tuple[Assignment, Path, str]] = []
-    for task in tasks:
-        path = folder / f"{task.device_id}.update"
-        path.write_bytes(_update(spec, task))
-        updates.append((task, path, sha256_of(path)))
-
-    async def down(task: Assignment) -> None:
-        blob: BlobRef = task.slice[0]
+            answer = await link.next_task(profile(spec.base_digest), "", 10, 60)
+        task = from_message(answer.assignment, Assignment)
         own = folder / task.device_id
         own.mkdir()
-        await joined[task.assignment_id].fetch(blob, own)
+        return Joined(link, spec, task, own / "update", "", own)
 
-    async def up(task: Assignment, path: Path, digest: str) -> None:
-        await joined[task.assignment_id].push(task.assignment_id, digest, path)
+    joined = await asyncio.gather(*map(one, range(clients)))
+    for device in joined:
+        device.update.write_bytes(_update(device.spec, device.task))
+        device.digest = sha256_of(device.update)
+    return list(joined)
 
-    began = time.perf_counter()
-    await asyncio.gather(*(down(task) for task in tasks))
-    down_s = time.perf_counter() - began
-    began = time.perf_counter()
-    await asyncio.gather(*(up(*update) for update in updates))
-    up_s = time.perf_counter() - began
-    sent = sum(path.stat().st_size for _, path, _ in updates)
-    fetched = sum(task.slice[0].size_bytes for task in tasks)
-    for task in tasks:
-        link = joined[task.assignment_id]
-        await link.report(LocalReport(task.assignment_id, "done", train_examples=1), 10)
-    for link in links:
-        await link.close()
-    return Speeds(sent / up_s, fetched / down_s), sent // case.clients
+
+async def leave(joined: list[Joined]) -> None:
+    """Reports, so that the round closes, and hangs up."""
+    for device in joined:
+        report = LocalReport(device.task.assignment_id, "done", train_examples=1)
+        await device.link.report(report, 60)
+        await device.link.close()
+
+
+async def _ours(case: Case, fleet: LocalFleet, folder: Path) -> tuple[Speeds, int, int]:
+    """The speeds, the bytes that a client moved up, and by how much the coordinator grew."""
+    joined = await join(fleet, folder, case.clients)
+    pid = fleet.processes["coordinator"].pid
+    _forget_peak(pid)
+    before = resident_bytes("VmRSS", pid)
+    seconds = []
+    for work in (Joined.down, Joined.up):
+        began = time.perf_counter()
+        await asyncio.gather(*map(work, joined))
+        seconds.append(time.perf_counter() - began)
+    grown = resident_bytes("VmHWM", pid) - before
+    sent = sum(device.update.stat().st_size for device in joined)
+    fetched = sum(device.slice.size_bytes for device in joined)
+    await leave(joined)
+    return Speeds(sent / seconds[1], fetched / seconds[0]), sent // case.clients, grown
+
+
+def _forget_peak(pid: int) -> None:
+    """From here on VmHWM counts anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def run_section(base: Path, case: Case, rank: int) -> dict[str, dict[str, Any]]:
@@ -215,68 +191,205 @@ def rank_for(size_bytes: int, layers: int) -> int:
     return max(1, round(size_bytes / each))
 
 
-def measure(case: Case, layers: int) -> dict[str, Any]:
-    """One case, ours beside the peer."""
-    rank = rank_for(case.size_bytes, layers)
+@contextlib.contextmanager
+def coordinator(case: Case) -> Iterator[tuple[LocalFleet, Path]]:
+    """A coordinator that serves such a case, and a folder for its devices."""
+    layers = 24 if case.size_bytes > 4 * MIB else 2
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = fake_base(folder / "base", layers=layers)
-        with LocalFleet(folder / "fleet", run_section(base, case, rank), []) as fleet:
+        run = run_section(base, case, rank_for(case.size_bytes, layers))
+        with LocalFleet(folder / "fleet", run, []) as fleet:
             fleet.start_coordinator()
             fleet.await_token()
-            pid = fleet.processes["coordinator"].pid
-            before = resident_of(pid)
-            ours, sent = asyncio.run(_ours(case, fleet, folder))
-            grown = peak_of(pid) - before
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    server = context.Process(target=_run_bare_server, args=(sender,), daemon=True)
-    server.start()
-    bare = asyncio.run(_bare(Case(case.clients, sent), receiver.recv()))
-    server.terminate()
+            yield fleet, folder
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One case, ours beside the peer's two kinds."""
+    with coordinator(case) as (fleet, folder):
+        ours, size, grown = asyncio.run(_ours(case, fleet, folder))
+        files = sorted(folder.glob("device-*/update"))
+        kinds = {
+            f"{message // 1024} KiB": Speeds(*bare_rates(case.clients, size, message))
+            for message in BARE_MESSAGE_BYTES
+        }
+        bare = Speeds(max(k.up for k in kinds.values()), max(k.down for k in kinds.values()))
+        filed = Speeds(*bare_rates(case.clients, size, 512 * 1024, files, folder))
     return {
-        "clients": case.clients, "bytes_each": sent, "ours": asdict(ours), "bare": asdict(bare),
+        "clients": case.clients, "bytes_each": size, "ours": asdict(ours),
+        "bare": {kind: asdict(speeds) for kind, speeds in kinds.items()}, "files": asdict(filed),
         "up_of_bare": ours.up / bare.up, "down_of_bare": ours.down / bare.down,
+        "up_of_files": ours.up / filed.up, "down_of_files": ours.down / filed.down,
         "coordinator_growth_bytes": grown,
     }  # fmt: skip
 
 
-def resident_of(pid: int) -> int:
-    """Resident bytes of a process."""
-    return _status(pid, "VmRSS")
+# --- slow ones, one agent, a bad link -----------------------------------------------------------
 
 
-def peak_of(pid: int) -> int:
-    """The most it ever was."""
-    return _status(pid, "VmHWM")
+async def _beside_slow(fleet: LocalFleet, folder: Path, slow: int) -> dict[str, Any]:
+    """Fast clients alone, then beside `slow` others that fetch and push at 64 kbit/s."""
+    joined = await join(fleet, folder, slow + 2 * FAST)
+    others, alone, beside = joined[: -2 * FAST], joined[-2 * FAST : -FAST], joined[-FAST:]
+    pid = fleet.processes["coordinator"].pid
+
+    async def fast(devices: list[Joined]) -> Speeds:
+        """One after the other; the median."""
+        rates: dict[str, list[float]] = {"up": [], "down": []}
+        for device in devices:
+            began = time.perf_counter()
+            await device.down()
+            fetched = time.perf_counter()
+            await device.up()
+            rates["down"].append(device.slice.size_bytes / (fetched - began))
+            rates["up"].append(device.update.stat().st_size / (time.perf_counter() - fetched))
+        return Speeds(statistics.median(rates["up"]), statistics.median(rates["down"]))
+
+    first = await fast(alone)
+    before = resident_bytes("VmRSS", pid)
+    for device in others:
+        device.link.pace = Pace(SLOW_BPS)
+    busy = [
+        asyncio.create_task(device.down() if number % 2 else device.up())
+        for number, device in enumerate(others)
+    ]
+    await asyncio.sleep(10)
+    early = resident_bytes("VmRSS", pid)
+    second = await fast(beside)
+    await asyncio.sleep(10)
+    late = resident_bytes("VmRSS", pid)
+    still = sum(not task.done() for task in busy)
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    for device in joined:
+        await device.link.close()
+    return {
+        "slow": slow, "still_at_it": still, "alone": asdict(first), "beside": asdict(second),
+        "up_ratio": second.up / first.up, "down_ratio": second.down / first.down,
+        "growth_bytes": early - before, "later_growth_bytes": late - early,
+    }  # fmt: skip
 
 
-def _status(pid: int, what: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/status has no {what}")
+def _started(device: Joined, address: str, folder: Path, wrap: list[str], **task: Any) -> Any:
+    """A process of `_one_agent` at work."""
+    process = subprocess.Popen(
+        [*wrap, sys.executable, "-m", "benchmarks._one_agent", address, device.link.credential,
+         str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},  # noqa: PTH109 - where this runs
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(task))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def _ended(process: Any) -> dict[str, Any]:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError("an agent's process failed; see above")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def _pushes(device: Joined) -> dict[str, Any]:
+    return {"assignment_id": device.task.assignment_id, "digest": device.digest,
+            "update": str(device.update)}  # fmt: skip
+
+
+def measure_agent(size_bytes: int) -> dict[str, Any]:
+    """Resident bytes of an agent's network process, idle and while it moves an update."""
+    with coordinator(Case(1, size_bytes)) as (fleet, folder):
+        (device,) = asyncio.run(_joined_and_hung_up(fleet, folder, 1))
+        address = f"127.0.0.1:{fleet.port}"
+        blobs = [to_plain(device.slice)]
+        return _ended(_started(device, address, device.fetched, [], blobs=blobs, **_pushes(device)))
+
+
+async def _joined_and_hung_up(fleet: LocalFleet, folder: Path, clients: int) -> list[Joined]:
+    joined = await join(fleet, folder, clients)
+    for device in joined:
+        await device.link.close()
+    return joined
+
+
+def measure_link(size_bytes: int) -> dict[str, Any]:
+    """A fetch and a push at once, each over a bad link of its own, then plain TCP likewise."""
+    from trials.bulk import bulk_tcp
+    from trials.emulation import choose, free_number
+
+    emulation = choose()
+    with coordinator(Case(2, size_bytes)) as (fleet, folder), contextlib.ExitStack() as stack:
+        joined = asyncio.run(_joined_and_hung_up(fleet, folder, 2))
+        numbers: list[int] = []
+        processes = []
+        for index, device in enumerate(joined):
+            numbers.append(free_number(numbers))
+            made = emulation.link(f"transfer-{index}", numbers[-1], fleet.port, WORST, seed=index)
+            link = stack.enter_context(made)
+            task = _pushes(device) if index == 0 else {"blobs": [to_plain(device.slice)]}
+            processes.append(_started(device, link.address, device.fetched, link.wrap([]), **task))
+        pushed, fetched = map(_ended, processes)
+        up_bytes, down_bytes = joined[0].update.stat().st_size, joined[1].slice.size_bytes
+    # Over as many seconds, so that plain TCP meets as many outages.
+    up_tcp_bps = bulk_tcp(emulation, WORST, pushed["push_s"]).up_bps
+    down_tcp_bps = bulk_tcp(emulation, WORST, fetched["fetch_s"]).down_bps
+    up_bps, down_bps = 8 * up_bytes / pushed["push_s"], 8 * down_bytes / fetched["fetch_s"]
+    return {
+        "links": emulation.words, "up_bytes": up_bytes, "down_bytes": down_bytes,
+        "up_bps": up_bps, "down_bps": down_bps, "up_tcp_bps": up_tcp_bps,
+        "down_tcp_bps": down_tcp_bps,
+        "up_of_tcp": up_bps / up_tcp_bps, "down_of_tcp": down_bps / down_tcp_bps,
+        "resumes": pushed["resumes"] + fetched["resumes"],
+        "resent_share": (pushed["resent_bytes"] + fetched["resent_bytes"])
+        / (up_bytes + down_bytes),
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Prints the table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints tables and one line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer clients and bytes")
-    quick = parser.parse_args().quick
-    cases = [Case(4, 4 * MIB)] if quick else [Case(8, 20 * MIB), Case(100, 1 * MIB)]
-    print(f"{'clients':>8} {'MiB each':>9} {'up MB/s':>8} {'of bare':>8} {'down MB/s':>10} "
-          f"{'of bare':>8} {'growth MB':>10}")  # fmt: skip
-    results = []
-    for case in cases:
-        layers = 24 if case.size_bytes > 4 * MIB else 2
-        found = measure(case, layers)
-        results.append(found)
-        print(f"{case.clients:8} {found['bytes_each'] / MIB:9.1f} {found['ours']['up'] / 1e6:8.0f} "
-              f"{found['up_of_bare']:8.2f} {found['ours']['down'] / 1e6:10.0f} "
-              f"{found['down_of_bare']:8.2f} {found['coordinator_growth_bytes'] / 1e6:10.1f}",
-              flush=True)  # fmt: skip
-    print(json.dumps({"benchmark": "transfer", "agent_bytes": resident_bytes("VmHWM"),
-                      "results": results}))  # fmt: skip
+    for name in ("slow", "agent", "link"):
+        parser.add_argument(f"--{name}", action="store_true", help="measure this instead")
+    asked = parser.parse_args()
+    results: dict[str, Any] = {}
+    if asked.slow:
+        clients, size = (20, MIB) if asked.quick else (200, 2 * MIB)
+        with coordinator(Case(clients + 2 * FAST, size)) as (fleet, folder):
+            results = found = asyncio.run(_beside_slow(fleet, folder, clients))
+        print(f"a fast client beside {clients} slow ones: {found['up_ratio']:.2f} of its rate up, "
+              f"{found['down_ratio']:.2f} down; the coordinator grew by "
+              f"{found['growth_bytes'] / 1e6:.1f} MB, then by "
+              f"{found['later_growth_bytes'] / 1e6:.1f} MB")  # fmt: skip
+    elif asked.agent:
+        results = found = measure_agent(20 * MIB)
+        print(f"an agent's network process: {found['idle_bytes'] / 1e6:.1f} MB, at most "
+              f"{found['peak_bytes'] / 1e6:.1f} MB while it moved 20 MiB each way")  # fmt: skip
+    elif asked.link:
+        results = found = measure_link(MIB if asked.quick else 4 * MIB)
+        print(f"{found['links']}\nup {found['up_bps'] / 1e3:.0f} kbit/s, "
+              f"{found['up_of_tcp']:.2f} of TCP; down {found['down_bps'] / 1e3:.0f} kbit/s, "
+              f"{found['down_of_tcp']:.2f} of TCP; sent twice "
+              f"{found['resent_share']:.2%}")  # fmt: skip
+    else:
+        cases = [Case(4, 4 * MIB)] if asked.quick else [Case(8, 20 * MIB), Case(100, 1 * MIB)]
+        results["cases"] = [_told(measure(case)) for case in cases]
+    print(json.dumps({"benchmark": "transfer", "results": results}))
+
+
+def _told(found: dict[str, Any]) -> dict[str, Any]:
+    print(f"{found['clients']} clients x {found['bytes_each'] / MIB:.1f} MiB, the coordinator grew "
+          f"by {found['coordinator_growth_bytes'] / 1e6:.1f} MB")  # fmt: skip
+    for way in ("up", "down"):
+        print(f"  {way:5} {found['ours'][way] / 1e6:6.0f} MB/s   {found[f'{way}_of_bare']:5.2f} of "
+              f"bare   {found[f'{way}_of_files']:5.2f} of files", flush=True)  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

@@ -136,6 +136,9 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
                 f"{config.server.listen} cannot be listened on: the port is in use or the address "
                 "is not this machine's; stop what listens there or change [server] listen"
             )
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await server.start()
         log.warning("plain text on loopback: for one machine only")
         log.info(
@@ -147,9 +150,6 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
                 "round": engine.state.round,
             },
         )
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         driving = asyncio.create_task(engine.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -6,6 +6,7 @@ with a sentence and a traceback in the log, never on the wire.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ from coordinator.engine import Engine, Task
 from coordinator.enrolment import Enrolment
 from coordinator.store.blobs import UnknownBlobError
 from profiles.device import DeviceProfile
+from protos.chunk import Chunk, chunk_message, read_chunk
 from protos.contract import (
     ContractError,
     LocalReport,
@@ -31,7 +33,16 @@ from protos.contract import (
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import status_of
-from protos.transfer import CHUNK_BYTES, MAX_MESSAGE_BYTES, ChunkSize, chunks, crc32
+from protos.transfer import (
+    CHUNK_BYTES,
+    FIRST_CHUNK_BYTES,
+    LARGE_CHUNK_BYTES,
+    LEAST_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    ChunkSize,
+    checksum_of,
+    chunks,
+)
 
 log = logging.getLogger("sketchfleet.coordinator")
 
@@ -46,7 +57,7 @@ SERVER_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", 64),
     ("grpc.keepalive_time_ms", 300_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 60_000),  # TCP's too: outlives a link's outage
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -143,8 +154,9 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
         progress = None
         if request.HasField("progress"):
             progress = from_message(request.progress, Progress)
+        mirror = request.mirror if request.HasField("mirror") else None
         task = await self._engine.next_task(
-            device_id, profile, request.working_on, wait_s, progress
+            device_id, profile, request.working_on, wait_s, progress, mirror
         )
         return _task_message(task)
 
@@ -178,47 +190,75 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
             yield pb.ProbeResponse(payload=block[: reply - offset])
 
 
-class TransferService(_Authenticated, rpc.TransferServiceServicer):
-    """Bytes, both ways."""
+class TransferService(_Authenticated):
+    """Bytes, both ways. Registers itself: chunks are (de)serialised by `protos.chunk`."""
 
     def __init__(self, enrolment: Enrolment, engine: Engine) -> None:
         super().__init__(enrolment)
         self._engine = engine
 
-    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Streams a blob from an offset."""
+    @property
+    def handlers(self) -> Any:
+        """What to register on a server."""
+        methods = {
+            "Fetch": grpc.unary_stream_rpc_method_handler(self.Fetch, pb.FetchRequest.FromString),
+            "Push": grpc.stream_stream_rpc_method_handler(
+                self.Push, _push_request, pb.PushResponse.SerializeToString
+            ),
+        }
+        service = pb.DESCRIPTOR.services_by_name["TransferService"].full_name
+        return grpc.method_handlers_generic_handler(service, methods)
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[bytes]:  # noqa: N802
+        """Streams a blob from an offset, as serialised messages."""
         try:
             self._device(context)
             path = self._engine.blob_path(request.digest)
         except (RefusalError, UnknownBlobError) as error:
             await _refuse(context, error)
             return
-        for offset, data in chunks(path, max(0, request.offset), ChunkSize()):
-            yield pb.FetchResponse(offset=offset, data=data, crc32=crc32(data))
+        # The device knows its link: on the way a proxy may swallow chunks as fast as they come.
+        wanted = request.chunk_bytes
+        most, first = (2 * wanted, wanted) if wanted > 0 else (CHUNK_BYTES, FIRST_CHUNK_BYTES)
+        size = ChunkSize(max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, most)), first)
+        for offset, data in chunks(path, max(0, request.offset), size):
+            yield chunk_message(Chunk(offset, data, checksum_of(data)))
 
-    @answered
-    async def BeginPush(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Declares an update."""
-        upload_id, durable = self._engine.begin_push(
-            self._device(context), request.assignment_id, request.digest, request.size_bytes
-        )
-        return pb.BeginPushResponse(
-            upload_id=upload_id, durable_bytes=durable, chunk_bytes=CHUNK_BYTES
-        )
+    async def Push(  # noqa: N802
+        self, request_iterator: AsyncIterator[Any], context: Any
+    ) -> AsyncIterator[Any]:
+        """Takes an update: declared, chunk by chunk, accepted."""
+        try:
+            device_id = self._device(context)
+            first = await anext(aiter(request_iterator), None)
+            if not isinstance(first, pb.PushRequest) or not first.HasField("update"):
+                raise ContractError("a push begins with the update it brings; restart the agent")
+            update = first.update
+            upload_id, durable = self._engine.begin_push(
+                device_id, update.assignment_id, update.digest, update.size_bytes
+            )
+            yield pb.PushResponse(durable_bytes=durable, chunk_bytes=CHUNK_BYTES)
+            async for chunk in request_iterator:
+                if not isinstance(chunk, Chunk):
+                    raise ContractError("a push brings one update; begin another for the next")
+                durable = await self._put(device_id, upload_id, chunk)
+                if chunk.acknowledge:
+                    yield pb.PushResponse(durable_bytes=durable)
+            receipt, outcome = await self._engine.commit_push(device_id, upload_id)
+            yield pb.PushResponse(receipt=receipt, outcome=outcome)
+        except Exception as error:  # noqa: BLE001 - the rim: everything becomes a status
+            await _refuse(context, error)
 
-    @answered
-    async def PutChunk(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Takes bytes at an offset."""
-        durable = self._engine.put_chunk(
-            self._device(context), request.upload_id, request.offset, request.data, request.crc32
+    async def _put(self, device_id: str, upload_id: str, chunk: Chunk) -> int:
+        put = functools.partial(
+            self._engine.put_chunk, device_id, upload_id, chunk.offset, chunk.data, chunk.crc32
         )
-        return pb.PutChunkResponse(durable_bytes=durable)
+        return await asyncio.to_thread(put) if len(chunk.data) >= LARGE_CHUNK_BYTES else put()
 
-    @answered
-    async def CommitPush(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Accepts an update."""
-        receipt, outcome = await self._engine.commit_push(self._device(context), request.upload_id)
-        return pb.CommitPushResponse(receipt=receipt, outcome=outcome)
+
+def _push_request(message: bytes) -> Any:
+    """A `Chunk`, or the request that declares the update."""
+    return read_chunk(message) or pb.PushRequest.FromString(message)
 
 
 def _task_message(task: Task) -> Any:
@@ -243,7 +283,7 @@ def add_services(server: Any, enrolment: Enrolment, engine: Engine) -> None:
     """Registers every service on a `grpc.aio` server."""
     rpc.add_EnrolmentServiceServicer_to_server(EnrolmentService(enrolment), server)
     rpc.add_FleetServiceServicer_to_server(FleetService(enrolment, engine), server)
-    rpc.add_TransferServiceServicer_to_server(TransferService(enrolment, engine), server)
+    server.add_generic_rpc_handlers((TransferService(enrolment, engine).handlers,))
 
 
 def make_server() -> grpc.aio.Server:

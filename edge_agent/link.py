@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import time
@@ -18,31 +19,40 @@ from typing import Any, TypeVar
 
 import grpc
 
-from edge_agent.link_estimate import Stretch, Transfer
+from edge_agent.link_estimate import Direction, Stretch, Transfer
 from edge_agent.link_probe import Echo, measure
+from edge_agent.pace import Pace
+from edge_agent.push_stream import STALL_S, PushStream
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 from profiles.link import LinkProfile
+from protos.chunk import Chunk, read_chunk
 from protos.contract import BlobRef, LocalReport, Progress, Reason, to_message
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import RESUMABLE, reason_of
 from protos.transfer import (
     CHUNK_BYTES,
+    CHUNK_S,
+    FIRST_CHUNK_BYTES,
+    LARGE_CHUNK_BYTES,
+    LEAST_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
-    WINDOW_CHUNKS,
     ChunkSize,
     CorruptChunkError,
     PartFile,
     TransferError,
-    crc32,
     sha256_of,
 )
 
 log = logging.getLogger("sketchfleet.agent")
 
 CONTROL_S = 15.0
-STALL_S = 60.0  # without a byte, an attempt is given up and begun again where it stands
+# Without a byte, a download goes on over a new connection, for TCP tries an old one ever more
+# rarely: after an outage of 20 s in 20 s more. Nothing is sent twice by that. Doubled while it is
+# in vain, up to `STALL_S`. An update's connection is kept that long: it holds what was sent.
+SILENT_S = 8.0
+LONGEST_ROUND_TRIP_S = 1.0  # of links that are used: a geostationary one's and its queue
 # What the owner's budget is charged beyond payloads (assumed): headers of HTTP/2, TCP and IP.
 CALL_BYTES, HEADER_SHARE = 400, 0.03
 T = TypeVar("T")
@@ -51,11 +61,20 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 120_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # or channels with equal options share a connection
+]
+# Also TCP's. Calls are small and repeated: a new connection is there sooner after an outage than
+# one that tries again ever more rarely.
+_CONTROL_OPTIONS = [("grpc.keepalive_timeout_ms", 10_000)]
+_BULK_OPTIONS = [
+    # A connection outlives an outage, so that what it holds need not be sent again. A ping's answer
+    # waits behind all that: at gRPC's minute for it, slow downloads ended after every outage.
+    ("grpc.keepalive_timeout_ms", 60_000),
+    ("grpc.http2.ping_timeout_ms", 300_000),
 ]
 
 
@@ -86,27 +105,42 @@ class Link:
     """A device's connection to its coordinator. Use from one event loop.
 
     `patience_s` is how long a transfer goes on without a byte before it raises `LinkError`.
-    `resumes`, `fetched_bytes` and `moved_bytes` (both ways, headers estimated) count from the
-    start. `on_transfer` hears of every stretch of bytes that was timed.
+    `resumes`, `fetched_bytes`, `moved_bytes` (both ways, headers estimated) and `resent_bytes` (of
+    files, both ways: at most so many crossed the link again) count from the start. `on_transfer`
+    hears of every stretch of bytes that was timed. `pace` holds transfers back.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, pace: Pace | None = None) -> None:
         self.address = address
+        self.pace = pace or Pace()
         self.patience_s = STALL_S
-        self._chunk = ChunkSize()
         self.credential = ""
+        self._rates_bps: dict[Direction, float] = {}  # as last seen
         self.resumes = 0
+        self.resent_bytes = 0
         self.fetched_bytes = 0
         self.moved_bytes = 0
         self.on_transfer: Callable[[Transfer], None] = lambda transfer: None
-        self._control = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._bulk = grpc.aio.insecure_channel(
-            address, options=[*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        )
+        self._control = grpc.aio.insecure_channel(address, options=[*_OPTIONS, *_CONTROL_OPTIONS])
         self._enrolment = rpc.EnrolmentServiceStub(self._control)
         self._fleet = rpc.FleetServiceStub(self._control)
-        self._transfer = rpc.TransferServiceStub(self._bulk)
+        self._dial_bulk()
+
+    def _dial_bulk(self) -> None:
+        self._bulk = grpc.aio.insecure_channel(self.address, options=[*_OPTIONS, *_BULK_OPTIONS])
+        # Not through the generated stub: chunks are (de)serialised by `protos.chunk`.
+        service = f"/{pb.DESCRIPTOR.services_by_name['TransferService'].full_name}/"
+        self._fetch: Any = self._bulk.unary_stream(
+            f"{service}Fetch", pb.FetchRequest.SerializeToString, None
+        )
+        self._push: Any = self._bulk.stream_stream(
+            f"{service}Push", None, pb.PushResponse.FromString
+        )
         self._probe = rpc.FleetServiceStub(self._bulk)
+
+    async def _redial_bulk(self) -> None:
+        await self._bulk.close(None)
+        self._dial_bulk()
 
     async def close(self) -> None:
         """Hangs up."""
@@ -142,10 +176,12 @@ class Link:
 
     async def next_task(
         self, profile: DeviceProfile | None, working_on: str, wait_s: float, patience_s: float,
-        progress: Progress | None = None,
+        progress: Progress | None = None, mirror: str | None = None,
     ) -> Any:  # fmt: skip
-        """One long poll, or a heartbeat with `progress`. Raises `RefusedError`, `LinkError`."""
-        request = pb.NextTaskRequest(wait_s=wait_s, working_on=working_on)
+        """One long poll, or a heartbeat with `progress`; `mirror`: the digest of the one held, ""
+        for none, None if none is ever kept. Raises `RefusedError`, `LinkError`.
+        """
+        request = pb.NextTaskRequest(wait_s=wait_s, working_on=working_on, mirror=mirror)
         if profile is not None:
             request.profile.CopyFrom(to_message(profile, pb.DeviceProfile))
         if progress is not None:
@@ -175,25 +211,50 @@ class Link:
         if await asyncio.to_thread(_holds, target, blob):
             return target
         part = PartFile(folder / f"{blob.digest}.part", blob.size_bytes)
+        reached = part.length  # of what came, an earlier life's included
+        silent_s = SILENT_S
 
         async def attempt() -> None:
+            nonlocal reached, silent_s
+            self.resent_bytes += reached - part.length  # its digest was wrong
+            reached = part.length
             self._count(0)
-            stream = self._transfer.Fetch(
-                pb.FetchRequest(digest=blob.digest, offset=part.length), metadata=self._metadata
-            )
-            stretch = Stretch("down")
+            known = "down" in self._rates_bps or self.pace.bps is not None
+            stream = self._fetch(
+                pb.FetchRequest(
+                    digest=blob.digest, offset=reached,
+                    chunk_bytes=self._chunk_size("down").bytes if known else 0,
+                ),
+                metadata=self._metadata,
+            )  # fmt: skip
+            stretch, latest = Stretch("down"), 0
             try:
                 while part.length < blob.size_bytes:
-                    chunk = await asyncio.wait_for(stream.read(), timeout=STALL_S)
-                    if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
+                    async with asyncio.timeout(silent_s):
+                        message = await stream.read()
+                    if message is grpc.aio.EOF:  # type: ignore[attr-defined]
                         break
-                    part.write(chunk.offset, chunk.data, chunk.crc32)
-                    self.fetched_bytes += len(chunk.data)
-                    self._count(len(chunk.data), calls=0)
-                    stretch.reached(part.length)
+                    if (chunk := read_chunk(message)) is None:
+                        raise TransferError("the coordinator sent what is no chunk")
+                    latest, silent_s = len(chunk.data), SILENT_S
+                    await self._write(part, chunk)
+                    reached = part.length
+                    self.fetched_bytes += latest
+                    self._count(latest, calls=0)
+                    stretch.reached(reached)
+                    await self.pace.take("down", latest)
+                latest = 0
+            except TimeoutError:
+                silent_s = min(STALL_S, 2 * silent_s)
+                await self._redial_bulk()
+                raise
             finally:
+                # Of the chunk that was on its way when the stream broke, any part may have come.
+                self.resent_bytes += min(latest, blob.size_bytes - part.length)
+                stream.cancel()
                 self._tell(stretch)
-            part.finish(blob.digest, target)
+            # Not synced: after a power cut a file that is not whole is fetched again (`_holds`).
+            await asyncio.to_thread(part.finish, blob.digest, target, durable=False)
 
         try:
             await self._resume(attempt, lambda: part.length)
@@ -202,104 +263,89 @@ class Link:
         return target
 
     async def push(self, assignment_id: str, digest: str, path: Path) -> tuple[str, str]:
-        """Pushes an update in a window of chunks; returns (receipt, outcome).
+        """Pushes an update; returns (receipt, outcome).
 
         Raises `RefusedError`, or `LinkError` when nothing is acknowledged for `patience_s`.
         """
-        size = path.stat().st_size
-        held, stretch = 0, Stretch("up")
+        update = pb.PushedUpdate(
+            assignment_id=assignment_id, digest=digest, size_bytes=path.stat().st_size
+        )
+        held = sent = 0
 
         async def attempt() -> tuple[str, str]:
-            nonlocal held, stretch
+            nonlocal held, sent
+            self._count(0)
+            stream = PushStream(
+                self._push, self._metadata, self._chunk_size("up"), self.pace,
+                lambda size_bytes: self._count(size_bytes, calls=0),
+            )  # fmt: skip
             stretch = Stretch("up")
-            self._count(0, calls=2)
-            begun = await self._transfer.BeginPush(
-                pb.BeginPushRequest(assignment_id=assignment_id, digest=digest, size_bytes=size),
-                timeout=CONTROL_S, metadata=self._metadata,
-            )  # fmt: skip
-            held = begun.durable_bytes
-            if 0 < held < size:
-                log.info("push resumed", extra={"at_byte": held, "of_bytes": size})
-            if held < size:
-                self._chunk.most_bytes = min(begun.chunk_bytes, CHUNK_BYTES)
-                try:
-                    await self._put(path, begun.upload_id, held, advance)
-                finally:
-                    self._tell(stretch)
-            done = await self._transfer.CommitPush(
-                pb.CommitPushRequest(upload_id=begun.upload_id),
-                timeout=STALL_S, metadata=self._metadata,
-            )  # fmt: skip
-            return str(done.receipt), str(done.outcome)
 
-        def advance(durable: int) -> None:
-            nonlocal held
-            held = max(held, durable)
-            stretch.reached(held)  # acknowledged: the first call pays for what the others do not
+            def advance(durable: int) -> None:
+                nonlocal held
+                held = max(held, durable)
+                stretch.reached(durable)
+
+            try:
+                held = await stream.begin(update)
+                # Handed on and not held there: what was on its way may have come, at most what the
+                # link carries in a round trip; the rest waited in buffers on this side.
+                on_way = self._rates_bps.get("up", math.inf) / 8 * LONGEST_ROUND_TRIP_S
+                self.resent_bytes += int(min(max(0, sent - held), on_way))
+                sent = held
+                if 0 < held < update.size_bytes:
+                    log.info("push resumed", extra={"at_byte": held, "of_bytes": update.size_bytes})
+                return await stream.send(path, held, advance)
+            except TimeoutError:
+                await self._redial_bulk()
+                raise
+            finally:
+                stream.cancel()
+                sent = max(sent, stream.sent)
+                self._tell(stretch)
 
         return await self._resume(attempt, lambda: held)
 
-    async def _put(
-        self, path: Path, upload_id: str, offset: int, advance: Callable[[int], None]
-    ) -> None:
-        """Sends the rest of a file, `WINDOW_CHUNKS` unary calls in flight.
+    async def _write(self, part: PartFile, chunk: Chunk) -> None:
+        """Large chunks are hashed and written beside the event loop."""
+        if len(chunk.data) >= LARGE_CHUNK_BYTES:
+            await asyncio.to_thread(part.write, chunk.offset, chunk.data, chunk.crc32)
+        else:
+            part.write(chunk.offset, chunk.data, chunk.crc32)
 
-        The link sets the size of chunks, so that on the slowest one calls still end in time.
-        """
-        window = asyncio.Semaphore(WINDOW_CHUNKS)
-        in_flight: set[asyncio.Task[None]] = set()
-
-        async def send(at: int, data: bytes) -> None:
-            try:
-                request = pb.PutChunkRequest(
-                    upload_id=upload_id, offset=at, data=data, crc32=crc32(data)
-                )
-                self._count(len(data))
-                begun = time.monotonic()
-                answer = await self._transfer.PutChunk(
-                    request, timeout=2 * STALL_S, metadata=self._metadata
-                )
-                advance(answer.durable_bytes)
-                self._chunk.took(time.monotonic() - begun)
-            finally:
-                window.release()
-
-        try:
-            with path.open("rb") as stream:
-                stream.seek(offset)
-                while True:
-                    await window.acquire()
-                    if not (data := stream.read(min(self._chunk.bytes, self._chunk.most_bytes))):
-                        break
-                    for task in [t for t in in_flight if t.done()]:
-                        in_flight.discard(task)
-                        task.result()
-                    in_flight.add(asyncio.create_task(send(offset, data)))
-                    offset += len(data)
-            await asyncio.gather(*in_flight)
-        finally:
-            for task in in_flight:
-                task.cancel()
-            await asyncio.gather(*in_flight, return_exceptions=True)
+    def _chunk_size(self, direction: Direction) -> ChunkSize:
+        """Chunks to begin with: as the link carried last, and as it may carry."""
+        first = self._rates_bps.get(direction, 8 * FIRST_CHUNK_BYTES / CHUNK_S)
+        allowed = self.pace.bps
+        first = first if allowed is None else min(first, allowed)
+        most = CHUNK_BYTES if allowed is None else int(allowed * CHUNK_S / 8)
+        return ChunkSize(min(CHUNK_BYTES, max(LEAST_CHUNK_BYTES, most)), int(first * CHUNK_S / 8))
 
     def _count(self, payload_bytes: int, calls: int = 1) -> None:
         self.moved_bytes += calls * CALL_BYTES + payload_bytes + int(HEADER_SHARE * payload_bytes)
 
     def _tell(self, stretch: Stretch) -> None:
         if (transfer := stretch.transfer) is not None:
+            bps = 8 * transfer.size_bytes / max(transfer.duration_s, 1e-6)
+            self._rates_bps[transfer.direction] = bps
             self.on_transfer(transfer)
 
     async def probe(self, metered: bool) -> LinkProfile:
         """Measures the channel both ways with little data (`link_probe`)."""
-        return await measure(self._probe_once, metered)
+        found = await measure(self.echo, metered)
+        self._rates_bps = {"up": found.up_bps, "down": found.down_bps}
+        return found
 
     async def ping(self) -> float:
         """Round trip of the smallest call, s. Raises `RefusedError` when it is not let in."""
         begun = time.perf_counter()
-        await self._probe_once(1, 0)
+        await self.echo(1, 0)
         return time.perf_counter() - begun
 
-    async def _probe_once(self, up_bytes: int, down_bytes: int) -> Echo:
+    async def echo(self, up_bytes: int, down_bytes: int) -> Echo:
+        """So many bytes up, then down, each way timed by its receiver. Raises `RefusedError`,
+        `LinkError`.
+        """
         block = os.urandom(min(16 * 1024, up_bytes))
 
         async def payload() -> AsyncIterator[Any]:

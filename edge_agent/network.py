@@ -1,4 +1,4 @@
-"""The network this device is on and what its owner lets it carry: route, metered, daily budget.
+"""The network this device is on and what its owner lets it carry: route, metered, limits, budget.
 
 Knows /proc, NetworkManager's tools and one small file. The transfers themselves are `link`'s.
 """
@@ -33,6 +33,8 @@ class NetworkSection(Section):
     """Whether bytes cost money; "auto" asks NetworkManager."""
     daily_mb: Annotated[int, Field(ge=1)] | None = None
     """Both ways together, from midnight to midnight local time, MB."""
+    most_bps: Annotated[int, Field(ge=8_000)] | None = None
+    """What transfers may take of the link, each way, bit/s."""
 
 
 def default_route(machine: Machine) -> str:
@@ -47,6 +49,15 @@ def default_route(machine: Machine) -> str:
         if len(cells) == 10 and not cells[0].strip("0") and cells[9] != "lo" and cells[1] == "00":
             ways.append((1 << 40, f"{cells[9]} {cells[4]}"))  # only where IPv4 has none
     return min(ways, default=(0, ""))[1]
+
+
+def carried_bytes(machine: Machine) -> int | None:
+    """What the interface of the way out has carried both ways since it is up; None if unknown."""
+    interface = default_route(machine).partition(" ")[0]
+    counts = [
+        machine.number(f"/sys/class/net/{interface}/statistics/{way}_bytes") for way in ("rx", "tx")
+    ]
+    return None if not interface or None in counts else int(sum(c for c in counts if c is not None))
 
 
 def is_metered(machine: Machine, wanted: Literal["auto", "yes", "no"]) -> bool:

@@ -26,6 +26,7 @@ Precision = Literal["nf4", "int8", "bf16", "fp32"]
 Encoding = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
 Part = Literal["up", "down", "core", "dense"]
 RowChoice = Literal["prefix", "stratified", "independent"]
+MirrorRows = Literal["slice", "rest", "all"]
 Subject = Literal["global", "slice", "personal"]
 Stage = Literal["received", "trained"]
 Outcome = Literal["done", "out_of_memory", "no_data", "base_mismatch", "crashed"]
@@ -118,12 +119,59 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class UpdateBudget:
+    """What a device that knows its values may choose for its update, in place of the planned one.
+
+    The file's header tells what it chose (`protos.layout.chosen_payload`).
+    """
+
+    size_bytes: int  # of the packed file, at most
+    encodings: tuple[Encoding, ...]
+    sparse: bool  # whether it may leave values out
+    groups: tuple[int, ...] = (0, 64)  # of encodings that have scales
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What an update would have lost as this: relative squared errors at densities 1, 1/2, 1/4 …
+
+    (`protos.distortion.DENSITIES`)
+    """
+
+    encoding: Encoding
+    group: int
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class BlobRef:
     """Bytes by content: SHA-256 (hex), size, and what the file holds."""
 
     digest: str
     size_bytes: int
     payload: Payload
+
+
+@dataclass(frozen=True)
+class MirrorFile:
+    """New values of some rows of a mirror, or what is to be added to them (`protos.mirror`)."""
+
+    blob: BlobRef
+    rows: MirrorRows  # of every module: those of the slice, the others, or all
+    adds: bool  # to what the mirror holds; else it takes its place
+
+
+@dataclass(frozen=True)
+class MirrorStep:
+    """How a device's own copy of the global adapter, its mirror, becomes the next one.
+
+    Slice and whole adapter are then cut from it. Who lacks `base` fetches `result` as it is.
+    """
+
+    files: tuple[MirrorFile, ...]
+    result: BlobRef  # float32, all rows; a mirror is named by its digest
+    up_factor: float  # on the rows of up that make a slice
+    base: BlobRef | None = None  # None: the adapter that every run starts from
 
 
 @dataclass(frozen=True)
@@ -189,6 +237,8 @@ class Assignment:
     pruning: Pruning | None = None
     fill_in_middle: float = 0.0  # share of training documents rearranged, if the tokenizer can
     completions: int = 0  # of held-out code to be generated and compared, per evaluation
+    budget: UpdateBudget | None = None  # the device chooses; `update` is what was planned
+    mirror: MirrorStep | None = None  # in place of `slice` and `global_adapter`
 
     @property
     def digest(self) -> bytes:
@@ -202,9 +252,10 @@ class Assignment:
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
-        """Everything to be fetched, each once."""
+        """Everything to be fetched, each once, by a device that holds the base of its mirror."""
         branches = tuple(b for b in (self.side, self.global_side) if b is not None)
-        return tuple(dict.fromkeys((*self.slice, *self.global_adapter, *branches)))
+        files = () if self.mirror is None else tuple(file.blob for file in self.mirror.files)
+        return tuple(dict.fromkeys((*self.slice, *self.global_adapter, *files, *branches)))
 
 
 @dataclass(frozen=True)
@@ -271,6 +322,12 @@ class LocalReport:
     resumed_step: int = 0  # steps found done in a checkpoint
     temperature_c: float | None = None  # the highest during training
     joules: float | None = None
+    wait_s: float = 0.0  # ready for work and without any, before this round
+    pack_s: float = 0.0  # encoding the update; not in train_s
+    resent_bytes: int = 0  # of files, both ways, that crossed the link more than once
+    sent: Payload | None = None  # what a device with a byte budget chose
+    update_error: float = 0.0  # ||sent - due||^2 / ||due||^2, of the same
+    error_curves: tuple[ErrorCurve, ...] = ()  # what it could have chosen, for the next plan
 
     def evaluation(self, subject: Subject, stage: Stage) -> Evaluation | None:
         """The evaluation of that subject at that stage, if it was made."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from typing import IO
 
 from profiles.errors import SketchfleetError
 
-CHUNK_BYTES = 512 * 1024  # at most
-FIRST_CHUNK_BYTES = 32 * 1024
-LEAST_CHUNK_BYTES = 4 * 1024
-QUICK_CHUNK_S, SLOW_CHUNK_S = 2.0, 10.0  # chunks grow below and shrink above
-WINDOW_CHUNKS = 4
+LEAST_CHUNK_BYTES, FIRST_CHUNK_BYTES, CHUNK_BYTES = 4 * 1024, 32 * 1024, 512 * 1024
+CHUNK_S = 0.1  # of a link's rate is a chunk: what an interruption costs, and what heartbeats wait
+LARGE_CHUNK_BYTES = 128 * 1024  # hashed and written beside an event loop, and not checked alone
 MAX_MESSAGE_BYTES = 1 << 20
+
+
+Buffer = bytes | memoryview
 
 
 class TransferError(SketchfleetError):
@@ -36,7 +38,7 @@ class OffsetError(TransferError):
     """A chunk does not continue what is already there."""
 
 
-def crc32(data: bytes) -> int:
+def crc32(data: Buffer) -> int:
     """CRC-32 of a chunk, as zlib computes it."""
     return zlib.crc32(data)
 
@@ -47,22 +49,29 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class ChunkSize:
-    """Bytes of the next chunk: as large as a link carries in a few seconds.
+def checksum_of(data: Buffer) -> int | None:
+    """The checksum a chunk carries; None for a large one.
 
-    Large chunks cost few calls; what an interruption loses is at most those on their way.
+    Where chunks are large, sending a file again takes moments, and its SHA-256 tells.
+    """
+    return crc32(data) if len(data) < LARGE_CHUNK_BYTES else None
+
+
+class ChunkSize:
+    """Bytes of the next chunk: what the link carries in `CHUNK_S`, within the limits.
+
+    Large chunks cost few messages; what an interruption loses is at most one on its way.
     """
 
-    def __init__(self, most_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, most_bytes: int = CHUNK_BYTES, first_bytes: int = FIRST_CHUNK_BYTES) -> None:
         self.most_bytes = most_bytes
-        self.bytes = min(FIRST_CHUNK_BYTES, most_bytes)
+        self.bytes = min(most_bytes, max(LEAST_CHUNK_BYTES, first_bytes))
 
-    def took(self, seconds: float) -> None:
-        """A chunk has been delivered, after so long."""
-        if seconds < QUICK_CHUNK_S:
-            self.bytes = min(self.most_bytes, 2 * self.bytes)
-        elif seconds > SLOW_CHUNK_S:
-            self.bytes = max(LEAST_CHUNK_BYTES, self.bytes // 2)
+    def took(self, size_bytes: int, seconds: float) -> None:
+        """So many bytes got through in so long. At once means buffers, so it only doubles."""
+        wanted = int(size_bytes * CHUNK_S / max(seconds, 1e-6))
+        near = min(2 * self.bytes, max(self.bytes // 2, wanted))
+        self.bytes = min(self.most_bytes, max(LEAST_CHUNK_BYTES, near))
 
 
 def chunks(path: Path, offset: int, size: ChunkSize) -> Iterator[tuple[int, bytes]]:
@@ -72,7 +81,7 @@ def chunks(path: Path, offset: int, size: ChunkSize) -> Iterator[tuple[int, byte
         while data := stream.read(size.bytes):
             begun = time.monotonic()
             yield offset, data
-            size.took(time.monotonic() - begun)
+            size.took(len(data), time.monotonic() - begun)
             offset += len(data)
 
 
@@ -100,8 +109,8 @@ def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
 class PartFile:
     """A file that grows to `size` bytes; its length is what need not be sent again.
 
-    Chunks may arrive a window out of order: those ahead wait in memory, at most
-    `WINDOW_CHUNKS` of them, so that the length always means a whole prefix.
+    Chunks arrive in order, or again. Bytes are hashed as they come, unless an earlier life left
+    some. May be used from several threads: of a broken transfer a last write may be under way.
     """
 
     def __init__(self, path: Path, size_bytes: int) -> None:
@@ -109,56 +118,47 @@ class PartFile:
         self.size_bytes = size_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream: IO[bytes] = path.open("ab", buffering=0)
-        self._ahead: dict[int, bytes] = {}
+        self._lock = threading.Lock()
         self.length = path.stat().st_size
+        self._sha256 = None if self.length else hashlib.sha256()  # of all that is there
         if self.length > size_bytes:
             self.restart()
 
     def restart(self) -> None:
         """Forgets everything received."""
         self._stream.truncate(0)
-        self._ahead.clear()
+        self._sha256 = hashlib.sha256()
         self.length = 0
 
-    def write(self, offset: int, data: bytes, checksum: int) -> int:
+    def write(self, offset: int, data: Buffer, checksum: int | None = None) -> int:
         """Takes a chunk; returns the length of the prefix held.
 
         Raises `CorruptChunkError` on a bad checksum, `OffsetError` on a chunk beyond the size or
-        further ahead than the window.
+        ahead of what is held.
         """
-        if crc32(data) != checksum:
+        if checksum is not None and crc32(data) != checksum:
             raise CorruptChunkError(f"chunk at byte {offset} is corrupt; send it again")
         if offset < 0 or offset + len(data) > self.size_bytes or len(data) > CHUNK_BYTES:
             raise OffsetError(
                 f"chunk of {len(data)} bytes at {offset} lies outside the {self.size_bytes} bytes "
                 "declared; begin the push again"
             )
-        if offset > self.length:
-            if offset - self.length > WINDOW_CHUNKS * CHUNK_BYTES:
+        with self._lock:
+            if offset > self.length:
                 raise OffsetError(
-                    f"chunk at byte {offset} is too far ahead of the {self.length} bytes held; "
-                    "resume there"
+                    f"chunk at byte {offset} is ahead of the {self.length} bytes held; resume there"
                 )
-            if len(self._ahead) >= 2 * WINDOW_CHUNKS:  # many tiny chunks would fill memory
-                raise OffsetError(f"too many chunks ahead of byte {self.length}; resume there")
-            self._ahead[offset] = data
+            rest = memoryview(data)[self.length - offset :]
+            while rest:  # an unbuffered write may take a part only
+                written = self._stream.write(rest)
+                if self._sha256 is not None:
+                    self._sha256.update(rest[:written])
+                self.length += written
+                rest = rest[written:]
             return self.length
-        self._append(data[self.length - offset :])
-        for start in sorted(self._ahead):
-            if start > self.length:
-                break
-            self._append(self._ahead.pop(start)[self.length - start :])
-        return self.length
 
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:  # an unbuffered write may take a part only
-            written = self._stream.write(rest)
-            self.length += written
-            rest = rest[written:]
-
-    def finish(self, digest: str, target: Path) -> None:
-        """Verifies length and SHA-256, syncs, and renames to `target`.
+    def finish(self, digest: str, target: Path, *, durable: bool = True) -> None:
+        """Verifies length and SHA-256, syncs if it is to be durable, and renames to `target`.
 
         Raises `TransferError`; on a wrong digest the part file starts over from nothing.
         """
@@ -166,17 +166,20 @@ class PartFile:
             raise TransferError(
                 f"only {self.length} of {self.size_bytes} bytes arrived; resume at {self.length}"
             )
-        os.fsync(self._stream.fileno())
-        if (found := sha256_of(self.path)) != digest:
+        found = self._sha256.hexdigest() if self._sha256 is not None else sha256_of(self.path)
+        if found != digest:
             self.restart()
             raise TransferError(
                 f"the bytes have digest {found[:12]}, not the promised {digest[:12]}; "
                 "send them again"
             )
+        if durable:
+            os.fsync(self._stream.fileno())
         self.close()
         target.parent.mkdir(parents=True, exist_ok=True)
         self.path.replace(target)
-        sync_folder(target.parent)
+        if durable:
+            sync_folder(target.parent)
 
     def close(self) -> None:
         """Closes the file; what it holds stays for a later resume."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import math
 import time
@@ -11,9 +12,12 @@ import grpc
 import pytest
 
 from edge_agent import link as link_module
+from edge_agent import push_stream
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.membership import Membership, MembershipError
+from edge_agent.pace import Pace
+from protos.chunk import Chunk, chunk_message
 from protos.contract import BlobRef, LocalReport, Payload, Reason
 from protos.layout import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -22,7 +26,7 @@ from protos.transfer import MAX_MESSAGE_BYTES, crc32
 ONE = {"names": ("ash",), "round": {"min_devices": 1}}
 
 
-CHUNK_BYTES = 128 * 1024
+CHUNK_BYTES, MIB = 128 * 1024, 2**20
 
 
 @pytest.fixture(autouse=True)
@@ -157,11 +161,11 @@ async def test_a_chunk_with_a_wrong_checksum_is_refused_and_the_push_goes_on(har
         data = update.read_bytes()
         begun = await device.begin(a.assignment_id, hashlib.sha256(data).hexdigest(), len(data))
         chunk = data[:CHUNK_BYTES]
-        bad = device.put(begun.upload_id, 0, chunk, crc32(chunk) ^ 1)
+        bad = device.put(begun.update, 0, chunk, crc32(chunk) ^ 1)
         assert await harness.reason_for(bad) is Reason.CORRUPT_CHUNK
         assert part_of(fleet).stat().st_size == 0
-        good = await device.put(begun.upload_id, 0, chunk, crc32(chunk))
-        assert good.durable_bytes == CHUNK_BYTES
+        good = await device.put(begun.update, 0, chunk, crc32(chunk))
+        assert good == CHUNK_BYTES
         taken = note_chunks(fleet)
         assert (await device.push(a, update))[1] == "accepted"
         assert sum(length for _, length in taken) == len(data) - CHUNK_BYTES
@@ -171,7 +175,9 @@ async def test_a_chunk_damaged_on_the_way_is_sent_again(harness, tmp_path, impat
     async with harness.fleet(tmp_path, **large(harness)) as fleet:
         device, _, a, update = await trained(fleet)
         calls = iter(range(10**6))
-        monkeypatch.setattr(link_module, "crc32", lambda data: crc32(data) ^ (next(calls) == 2))
+        monkeypatch.setattr(
+            push_stream, "checksum_of", lambda data: crc32(data) ^ (next(calls) == 2)
+        )
         assert (await device.push(a, update))[1] == "accepted"
         assert device.link.resumes == 1
         assert fleet.coordinator.assignment(0, "ash").update_digest is not None
@@ -182,10 +188,10 @@ async def test_an_update_file_that_is_not_what_was_promised_is_refused(harness, 
         device, _, a, update = await trained(fleet)
         data = update.read_bytes()
         begun = await device.begin(a.assignment_id, "0" * 64, len(data))
-        await device.put(begun.upload_id, 0, data, crc32(data))
-        assert await harness.reason_for(device.commit(begun.upload_id)) is Reason.DIGEST_MISMATCH
+        await device.put(begun.update, 0, data, crc32(data))
+        assert await harness.reason_for(device.commit(begun.update)) is Reason.DIGEST_MISMATCH
         again = await device.begin(a.assignment_id, "0" * 64, len(data))
-        assert (again.upload_id, again.durable_bytes) == (begun.upload_id, 0)
+        assert again.durable_bytes == 0
 
 
 async def test_a_chunk_that_does_not_belong_is_refused(harness, tmp_path):
@@ -194,9 +200,9 @@ async def test_a_chunk_that_does_not_belong_is_refused(harness, tmp_path):
         size = packed_bytes(spec, a.update)
         begun = await device.begin(a.assignment_id, "0" * 64, size)
         for offset, data in ((size, b"x"), (-1, b"x"), (0, bytes(CHUNK_BYTES + 1))):
-            call = device.put(begun.upload_id, offset, data, crc32(data))
+            call = device.put(begun.update, offset, data, crc32(data))
             assert await harness.reason_for(call) is Reason.WRONG_OFFSET
-        incomplete = device.commit(begun.upload_id)
+        incomplete = device.commit(begun.update)
         assert await harness.reason_for(incomplete) is Reason.DIGEST_MISMATCH
 
 
@@ -204,15 +210,81 @@ async def test_a_message_above_the_limit_is_refused_before_it_is_looked_at(harne
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, _, _, _ = await trained(fleet)
         taken = note_chunks(fleet)
-        channel, stub = harness.raw_transfer(fleet.coordinator.address)
+        channel, push = harness.raw_transfer(fleet.coordinator.address)
         try:
-            request = pb.PutChunkRequest(upload_id="x", data=bytes(MAX_MESSAGE_BYTES))
+            stream = push(timeout=10, metadata=device.link._metadata)
+            await stream.write(chunk_message(Chunk(0, bytes(MAX_MESSAGE_BYTES))))
             with pytest.raises(grpc.aio.AioRpcError) as told:
-                await stub.PutChunk(request, timeout=10, metadata=device.link._metadata)
+                await stream.read()
         finally:
             await channel.close()
         assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert taken == []
+
+
+async def test_what_may_have_crossed_twice_is_counted(harness, tmp_path, impatient):
+    async with harness.fleet(tmp_path, **large(harness)) as fleet:
+        device, _, a, update = await trained(fleet)
+        enough = asyncio.Event()
+        before = note_chunks(fleet, lambda: len(before) >= 5 and enough.set())
+        pushing = asyncio.create_task(device.push(a, update))
+        await asyncio.wait_for(enough.wait(), 10)
+        assert device.link.resent_bytes == 0
+        await fleet.coordinator.kill()
+        held = part_of(fleet).stat().st_size - 1000
+        with part_of(fleet).open("r+b") as part:
+            part.truncate(held)
+        await fleet.coordinator.start()
+        await pushing
+        window = push_stream.MOST_WINDOW_BYTES
+        assert 1000 <= device.link.resent_bytes <= window, "more than was on its way"
+
+
+async def test_a_push_whose_bytes_were_damaged_unseen_is_sent_again_and_counted(
+    harness, tmp_path, impatient, monkeypatch
+):
+    """Large chunks carry no checksum: the digest of the whole tells."""
+    async with harness.fleet(tmp_path, **large(harness)) as fleet:
+        device, _, a, update = await trained(fleet)
+        real, calls = push_stream.chunk_message, iter(range(10**6))
+        monkeypatch.setattr(push_stream, "checksum_of", lambda data: None)
+
+        def damaging(chunk):
+            if next(calls) == 2:
+                chunk = dataclasses.replace(chunk, data=bytes(len(chunk.data)))
+            return real(chunk)
+
+        monkeypatch.setattr(push_stream, "chunk_message", damaging)
+        assert (await device.push(a, update))[1] == "accepted"
+        assert device.link.resent_bytes == update.stat().st_size
+
+
+async def test_a_window_that_became_smaller_does_not_wait_for_ever(harness, tmp_path, monkeypatch):
+    """What was sent under the larger one may be unasked for."""
+    async with harness.fleet(tmp_path, **large(harness)) as fleet:
+        device, _, a, update = await trained(fleet)
+        windows = iter([MIB, MIB, MIB])
+        monkeypatch.setattr(
+            push_stream.PushStream, "_window", property(lambda self: next(windows, 32 * 1024))
+        )
+        async with asyncio.timeout(20):
+            assert (await device.push(a, update))[1] == "accepted"
+
+
+@pytest.mark.parametrize("way", ["push", "fetch"])
+async def test_transfers_keep_to_the_owners_limit(harness, tmp_path, way):
+    async with harness.fleet(tmp_path, **large(harness)) as fleet:
+        device, _, a, update = await trained(fleet)
+        (slice_,) = a.slice
+        size = update.stat().st_size if way == "push" else slice_.size_bytes
+        device.link.pace = Pace(8 * size / 1.5)  # for a second and a half
+        begun = time.monotonic()
+        if way == "push":
+            await device.push(a, update)
+        else:
+            (tmp_path / "again").mkdir()
+            await device.link.fetch(slice_, tmp_path / "again")
+        assert 1.0 < time.monotonic() - begun < 5.0
 
 
 # --- fetching -----------------------------------------------------------------------------------
@@ -300,7 +372,7 @@ async def test_a_damaged_part_is_fetched_anew(harness, tmp_path, monkeypatch, im
 @pytest.mark.parametrize("digest", ["0" * 64, "", "../join-token"])
 async def test_a_blob_that_is_not_kept_is_refused(harness, tmp_path, digest):
     async with harness.fleet(tmp_path, **ONE) as fleet:
-        call = fleet["ash"].link._transfer.Fetch(
+        call = fleet["ash"].link._fetch(
             pb.FetchRequest(digest=digest), timeout=5, metadata=fleet["ash"].link._metadata
         )
         assert await harness.reason_for(call.read()) is Reason.UNKNOWN_BLOB
@@ -454,3 +526,39 @@ async def test_an_outage_at_the_time_to_renew_ends_nothing(
         await mine.call(poll)
         assert link.credential != old
         await link.close()
+
+
+async def test_a_download_that_falls_silent_goes_on_over_a_new_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(link_module, "SILENT_S", 0.3)
+    data = bytes(range(256)) * 800
+    asked = []
+
+    async def fetch(request, context):
+        asked.append((context.peer(), request.offset))
+        piece = data[request.offset : request.offset + 100_000]
+        yield chunk_message(Chunk(request.offset, piece, crc32(piece)))
+        if len(asked) == 1:
+            await asyncio.sleep(60)  # its connection tries again ever more rarely
+        rest = data[request.offset + len(piece) :]
+        if rest:
+            yield chunk_message(Chunk(request.offset + len(piece), rest, crc32(rest)))
+
+    server = grpc.aio.server()
+    handler = grpc.unary_stream_rpc_method_handler(fetch, pb.FetchRequest.FromString, bytes)
+    name = pb.DESCRIPTOR.services_by_name["TransferService"].full_name
+    server.add_generic_rpc_handlers([
+        grpc.method_handlers_generic_handler(name, {"Fetch": handler})
+    ])  # fmt: skip
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    link = Link(f"127.0.0.1:{port}")
+    blob = BlobRef(hashlib.sha256(data).hexdigest(), len(data), Payload(1, "float32"))
+    try:
+        path = await asyncio.wait_for(link.fetch(blob, tmp_path), 20)
+    finally:
+        await link.close()
+        await server.stop(0)
+    assert path.read_bytes() == data
+    assert [offset for _, offset in asked] == [0, 100_000]
+    assert asked[0][0] != asked[1][0], "the same connection was asked again"
+    assert link.resumes == 1 and link.fetched_bytes == len(data)

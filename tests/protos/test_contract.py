@@ -21,13 +21,17 @@ from protos.contract import (
     Assignment,
     BlobRef,
     ContractError,
+    ErrorCurve,
     Evaluation,
     LocalReport,
+    MirrorFile,
+    MirrorStep,
     Objective,
     Payload,
     ProfileRequest,
     Progress,
     Pruning,
+    UpdateBudget,
     canonical_json,
     from_json,
     from_message,
@@ -48,6 +52,8 @@ TRAVELLERS = {
     GpuProfile: pb.GpuProfile,
     LinkProfile: pb.LinkProfile,
     LocalReport: pb.LocalReport,
+    MirrorFile: pb.MirrorFile,
+    MirrorStep: pb.MirrorStep,
     ModuleShape: pb.ModuleShape,
     Objective: pb.Objective,
     Payload: pb.Payload,
@@ -55,6 +61,8 @@ TRAVELLERS = {
     ProfileRequest: pb.ProfileRequest,
     Progress: pb.Progress,
     Pruning: pb.Pruning,
+    UpdateBudget: pb.UpdateBudget,
+    ErrorCurve: pb.ErrorCurve,
 }
 ONE_OF_EACH = {int: 7, float: 0.5, str: "word", bool: True}
 by_name = pytest.mark.parametrize("kind", TRAVELLERS, ids=lambda kind: kind.__name__)
@@ -163,7 +171,8 @@ WHERE_THE_BASE_LIES = {AdapterSpec: {"base", "base_revision"}, Assignment: set()
 def test_every_field_but_where_the_base_lies_changes_the_digest(kind):
     fact = make(kind)
     other = {int: 8, float: 0.25, str: "other", bool: False, tuple: (), BlobRef: None,
-             Objective: None, Pruning: None, Payload: make(Payload, rank=8)}  # fmt: skip
+             Objective: None, Pruning: None, Payload: make(Payload, rank=8), UpdateBudget: None,
+             MirrorStep: None}  # fmt: skip
     hints = typing.get_type_hints(kind)
     seen = {fact.digest}
     for field in dataclasses.fields(kind):
@@ -199,9 +208,13 @@ def test_what_the_update_is_to_hold_changes_the_digest():
 
 def test_one_ref_is_fetched_once_wherever_it_is_named():
     a, b, c, d = (make(BlobRef, digest=name) for name in "abcd")
-    task = make(Assignment, slice=(a, b), global_adapter=(b, c), side=d, global_side=d)
+    task = make(Assignment, slice=(a, b), global_adapter=(b, c), side=d, global_side=d, mirror=None)
     assert task.blobs == (a, b, c, d)
-    assert make(Assignment, slice=(), global_adapter=(), side=None, global_side=None).blobs == ()
+    file = MirrorFile(c, "all", adds=True)
+    step = MirrorStep((file, file), result=b, up_factor=1.0, base=a)
+    none = {"slice": (), "global_adapter": (), "side": None, "global_side": None}
+    assert make(Assignment, **none, mirror=step).blobs == (c,), "neither its base nor its result"
+    assert make(Assignment, **none, mirror=None).blobs == ()
 
 
 def test_a_device_of_no_steps_does_not_train():

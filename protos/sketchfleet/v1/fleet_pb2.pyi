@@ -202,6 +202,28 @@ class Payload(_message.Message):
     compressed: bool
     def __init__(self, rank: _Optional[int] = ..., encoding: _Optional[str] = ..., parts: _Optional[_Iterable[str]] = ..., density: _Optional[float] = ..., group: _Optional[int] = ..., compressed: bool = ...) -> None: ...
 
+class UpdateBudget(_message.Message):
+    __slots__ = ("size_bytes", "encodings", "sparse", "groups")
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    size_bytes: int
+    encodings: _containers.RepeatedScalarFieldContainer[str]
+    sparse: bool
+    groups: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, size_bytes: _Optional[int] = ..., encodings: _Optional[_Iterable[str]] = ..., sparse: bool = ..., groups: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ErrorCurve(_message.Message):
+    __slots__ = ("encoding", "group", "errors")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    encoding: str
+    group: int
+    errors: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, encoding: _Optional[str] = ..., group: _Optional[int] = ..., errors: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class BlobRef(_message.Message):
     __slots__ = ("digest", "size_bytes", "payload")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +233,28 @@ class BlobRef(_message.Message):
     size_bytes: int
     payload: Payload
     def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+
+class MirrorFile(_message.Message):
+    __slots__ = ("blob", "rows", "adds")
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ADDS_FIELD_NUMBER: _ClassVar[int]
+    blob: BlobRef
+    rows: str
+    adds: bool
+    def __init__(self, blob: _Optional[_Union[BlobRef, _Mapping]] = ..., rows: _Optional[str] = ..., adds: bool = ...) -> None: ...
+
+class MirrorStep(_message.Message):
+    __slots__ = ("files", "result", "up_factor", "base")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    UP_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[MirrorFile]
+    result: BlobRef
+    up_factor: float
+    base: BlobRef
+    def __init__(self, files: _Optional[_Iterable[_Union[MirrorFile, _Mapping]]] = ..., result: _Optional[_Union[BlobRef, _Mapping]] = ..., up_factor: _Optional[float] = ..., base: _Optional[_Union[BlobRef, _Mapping]] = ...) -> None: ...
 
 class Objective(_message.Message):
     __slots__ = ("ceiling", "margin")
@@ -229,7 +273,7 @@ class Pruning(_message.Message):
     def __init__(self, keep: _Optional[float] = ..., penalty: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis", "fill_in_middle", "completions")
+    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis", "fill_in_middle", "completions", "budget", "mirror")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +312,8 @@ class Assignment(_message.Message):
     KEEPS_BASIS_FIELD_NUMBER: _ClassVar[int]
     FILL_IN_MIDDLE_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     run_id: str
     round: int
@@ -306,19 +352,23 @@ class Assignment(_message.Message):
     keeps_basis: bool
     fill_in_middle: float
     completions: int
-    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ..., fill_in_middle: _Optional[float] = ..., completions: _Optional[int] = ...) -> None: ...
+    budget: UpdateBudget
+    mirror: MirrorStep
+    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ..., fill_in_middle: _Optional[float] = ..., completions: _Optional[int] = ..., budget: _Optional[_Union[UpdateBudget, _Mapping]] = ..., mirror: _Optional[_Union[MirrorStep, _Mapping]] = ...) -> None: ...
 
 class NextTaskRequest(_message.Message):
-    __slots__ = ("profile", "wait_s", "working_on", "progress")
+    __slots__ = ("profile", "wait_s", "working_on", "progress", "mirror")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     WORKING_ON_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_FIELD_NUMBER: _ClassVar[int]
     profile: DeviceProfile
     wait_s: float
     working_on: str
     progress: Progress
-    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+    mirror: str
+    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., mirror: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "steps", "tokens_per_s", "memory_bytes", "temperature_c", "joules", "paused")
@@ -409,7 +459,7 @@ class Evaluation(_message.Message):
     def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ..., completions: _Optional[int] = ..., exact_match: _Optional[float] = ..., edit_similarity: _Optional[float] = ..., problems: _Optional[int] = ..., samples: _Optional[int] = ..., pass_at_1: _Optional[float] = ..., pass_at_k: _Optional[float] = ...) -> None: ...
 
 class LocalReport(_message.Message):
-    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language", "kept_rank", "step_s", "load_s", "paused_s", "resumed_step", "temperature_c", "joules")
+    __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language", "kept_rank", "step_s", "load_s", "paused_s", "resumed_step", "temperature_c", "joules", "wait_s", "pack_s", "resent_bytes", "sent", "update_error", "error_curves")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -434,6 +484,12 @@ class LocalReport(_message.Message):
     RESUMED_STEP_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_C_FIELD_NUMBER: _ClassVar[int]
     JOULES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    PACK_S_FIELD_NUMBER: _ClassVar[int]
+    RESENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_CURVES_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     outcome: str
     message: str
@@ -458,7 +514,13 @@ class LocalReport(_message.Message):
     resumed_step: int
     temperature_c: float
     joules: float
-    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ..., kept_rank: _Optional[int] = ..., step_s: _Optional[float] = ..., load_s: _Optional[float] = ..., paused_s: _Optional[float] = ..., resumed_step: _Optional[int] = ..., temperature_c: _Optional[float] = ..., joules: _Optional[float] = ...) -> None: ...
+    wait_s: float
+    pack_s: float
+    resent_bytes: int
+    sent: Payload
+    update_error: float
+    error_curves: _containers.RepeatedCompositeFieldContainer[ErrorCurve]
+    def __init__(self, assignment_id: _Optional[str] = ..., outcome: _Optional[str] = ..., message: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., train_examples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., train_loss: _Optional[float] = ..., trained_parameters: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., fetch_s: _Optional[float] = ..., train_s: _Optional[float] = ..., evaluate_s: _Optional[float] = ..., push_s: _Optional[float] = ..., fetched_bytes: _Optional[int] = ..., pushed_bytes: _Optional[int] = ..., resumes: _Optional[int] = ..., main_language: _Optional[str] = ..., kept_rank: _Optional[int] = ..., step_s: _Optional[float] = ..., load_s: _Optional[float] = ..., paused_s: _Optional[float] = ..., resumed_step: _Optional[int] = ..., temperature_c: _Optional[float] = ..., joules: _Optional[float] = ..., wait_s: _Optional[float] = ..., pack_s: _Optional[float] = ..., resent_bytes: _Optional[int] = ..., sent: _Optional[_Union[Payload, _Mapping]] = ..., update_error: _Optional[float] = ..., error_curves: _Optional[_Iterable[_Union[ErrorCurve, _Mapping]]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("report",)
@@ -491,24 +553,40 @@ class ProbeResponse(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., timed_bytes: _Optional[int] = ..., timed_s: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("digest", "offset")
+    __slots__ = ("digest", "offset", "chunk_bytes")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     digest: str
     offset: int
-    def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    chunk_bytes: int
+    def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
-    __slots__ = ("offset", "data", "crc32")
+    __slots__ = ("offset", "crc32", "data")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     offset: int
-    data: bytes
     crc32: int
-    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class BeginPushRequest(_message.Message):
+class PushRequest(_message.Message):
+    __slots__ = ("offset", "crc32", "acknowledge", "update", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    crc32: int
+    acknowledge: bool
+    update: PushedUpdate
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., crc32: _Optional[int] = ..., acknowledge: bool = ..., update: _Optional[_Union[PushedUpdate, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PushedUpdate(_message.Message):
     __slots__ = ("assignment_id", "digest", "size_bytes")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -518,44 +596,14 @@ class BeginPushRequest(_message.Message):
     size_bytes: int
     def __init__(self, assignment_id: _Optional[str] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
-class BeginPushResponse(_message.Message):
-    __slots__ = ("upload_id", "durable_bytes", "chunk_bytes")
-    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+class PushResponse(_message.Message):
+    __slots__ = ("durable_bytes", "chunk_bytes", "receipt", "outcome")
     DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    upload_id: str
-    durable_bytes: int
-    chunk_bytes: int
-    def __init__(self, upload_id: _Optional[str] = ..., durable_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
-
-class PutChunkRequest(_message.Message):
-    __slots__ = ("upload_id", "offset", "data", "crc32")
-    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
-    upload_id: str
-    offset: int
-    data: bytes
-    crc32: int
-    def __init__(self, upload_id: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
-
-class PutChunkResponse(_message.Message):
-    __slots__ = ("durable_bytes",)
-    DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    durable_bytes: int
-    def __init__(self, durable_bytes: _Optional[int] = ...) -> None: ...
-
-class CommitPushRequest(_message.Message):
-    __slots__ = ("upload_id",)
-    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
-    upload_id: str
-    def __init__(self, upload_id: _Optional[str] = ...) -> None: ...
-
-class CommitPushResponse(_message.Message):
-    __slots__ = ("receipt", "outcome")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    durable_bytes: int
+    chunk_bytes: int
     receipt: str
     outcome: str
-    def __init__(self, receipt: _Optional[str] = ..., outcome: _Optional[str] = ...) -> None: ...
+    def __init__(self, durable_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., receipt: _Optional[str] = ..., outcome: _Optional[str] = ...) -> None: ...

@@ -325,20 +325,10 @@ class TransferServiceStub(object):
                 request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.FetchRequest.SerializeToString,
                 response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.FetchResponse.FromString,
                 _registered_method=True)
-        self.BeginPush = channel.unary_unary(
-                '/sketchfleet.v1.TransferService/BeginPush',
-                request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.BeginPushRequest.SerializeToString,
-                response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.BeginPushResponse.FromString,
-                _registered_method=True)
-        self.PutChunk = channel.unary_unary(
-                '/sketchfleet.v1.TransferService/PutChunk',
-                request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PutChunkRequest.SerializeToString,
-                response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PutChunkResponse.FromString,
-                _registered_method=True)
-        self.CommitPush = channel.unary_unary(
-                '/sketchfleet.v1.TransferService/CommitPush',
-                request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.CommitPushRequest.SerializeToString,
-                response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.CommitPushResponse.FromString,
+        self.Push = channel.stream_stream(
+                '/sketchfleet.v1.TransferService/Push',
+                request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PushRequest.SerializeToString,
+                response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PushResponse.FromString,
                 _registered_method=True)
 
 
@@ -353,22 +343,11 @@ class TransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def BeginPush(self, request, context):
-        """Declares an update; answers how many of its bytes are already durable.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def PutChunk(self, request, context):
-        """Writes bytes at an offset. Rewriting bytes that are already there is fine.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def CommitPush(self, request, context):
-        """Verifies length and digest, accepts the update for its round, returns the receipt.
+    def Push(self, request_iterator, context):
+        """Sends an update: first a request that declares it, answered by how many of its bytes are held
+        already; then chunks from there on, of which those that ask for it are acknowledged; after the
+        last one the receipt, once length and digest are verified and the update is accepted for its
+        round. Repeating it is harmless.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -382,20 +361,10 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.FetchRequest.FromString,
                     response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.FetchResponse.SerializeToString,
             ),
-            'BeginPush': grpc.unary_unary_rpc_method_handler(
-                    servicer.BeginPush,
-                    request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.BeginPushRequest.FromString,
-                    response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.BeginPushResponse.SerializeToString,
-            ),
-            'PutChunk': grpc.unary_unary_rpc_method_handler(
-                    servicer.PutChunk,
-                    request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PutChunkRequest.FromString,
-                    response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PutChunkResponse.SerializeToString,
-            ),
-            'CommitPush': grpc.unary_unary_rpc_method_handler(
-                    servicer.CommitPush,
-                    request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.CommitPushRequest.FromString,
-                    response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.CommitPushResponse.SerializeToString,
+            'Push': grpc.stream_stream_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PushRequest.FromString,
+                    response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PushResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -437,7 +406,7 @@ class TransferService(object):
             _registered_method=True)
 
     @staticmethod
-    def BeginPush(request,
+    def Push(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -447,66 +416,12 @@ class TransferService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/sketchfleet.v1.TransferService/BeginPush',
-            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.BeginPushRequest.SerializeToString,
-            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.BeginPushResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def PutChunk(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/sketchfleet.v1.TransferService/PutChunk',
-            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PutChunkRequest.SerializeToString,
-            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PutChunkResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def CommitPush(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/sketchfleet.v1.TransferService/CommitPush',
-            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.CommitPushRequest.SerializeToString,
-            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.CommitPushResponse.FromString,
+            '/sketchfleet.v1.TransferService/Push',
+            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PushRequest.SerializeToString,
+            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.PushResponse.FromString,
             options,
             channel_credentials,
             insecure,
