@@ -21,6 +21,7 @@ from profiles.model import ModelShape, base_digest, read_shape
 from protos.contract import (
     AdapterSpec,
     Assignment,
+    Encoding,
     LocalReport,
     Payload,
     Precision,
@@ -95,9 +96,13 @@ def probe(
 
 
 def local_round(
-    folder: Path, spec: AdapterSpec, setting: Setting, work: Path, *, steps: int, threads: int
-) -> LocalReport:
-    """A whole local round of this setting on the repository's own code."""
+    folder: Path, spec: AdapterSpec, setting: Setting, work: Path, *, steps: int, threads: int,
+    encoding: Encoding = "int8", learning_rate: float = 1e-4, seed: int = 1,
+) -> LocalReport:  # fmt: skip
+    """A whole local round of this setting on the repository's own code.
+
+    The update lies in `work` as update.bin.
+    """
     k = setting.rank
     task = Assignment(
         assignment_id="bench.0.here", run_id="bench", round=0, device_id="here", method="fslora",
@@ -105,9 +110,9 @@ def local_round(
         keeps_basis=True, keeps_state=False, error_feedback=False, fresh=True,
         precision=setting.precision, sequence_tokens=setting.sequence_tokens,
         micro_batch=setting.micro_batch, accumulation=1, checkpointing=setting.checkpointing,
-        local_steps=steps, learning_rate=1e-4, optimizer=setting.optimizer,
-        update=Payload(k, "int8"), evaluation_sequences=setting.micro_batch, held_out_share=0.1,
-        evaluates_global=False, seed=1, deadline_s=3600.0, reason="",
+        local_steps=steps, learning_rate=learning_rate, optimizer=setting.optimizer,
+        update=Payload(k, encoding), evaluation_sequences=setting.micro_batch, held_out_share=0.1,
+        evaluates_global=False, seed=seed, deadline_s=3600.0, reason="",
     )  # fmt: skip
     job = {
         "job": "train", "base_folder": str(folder), "spec": to_plain(spec),

@@ -143,6 +143,11 @@ class PlanSection(Section):
     policy: Aim = "fastest"
     """"fastest": least time to the target. "fairest": the same share of the adapter and as many
     steps for all. "cheapest": the fewest bytes that still cover every rank row."""
+    bytes_per_round: Annotated[int, Field(ge=0)] = 0
+    """Of each device's update, at most; 0 sets no limit. With `[wire] update = "auto"` the encoding
+    is chosen too, with `error_feedback` also the share of values: by the least expected error."""
+    bytes_per_day: Annotated[int, Field(ge=0)] = 0
+    """Of each device's updates in a day of UTC, spread over the rounds left of it; 0: no limit."""
 
 
 class RoundSection(Section):
@@ -178,6 +183,8 @@ class WireSection(Section):
     """Whether updates are compressed by Zstandard, where that makes them shorter."""
     error_feedback: bool = False
     """Whether what an update leaves out is added to the device's next one."""
+    delta: bool = True
+    """Whether devices are sent differences from what they hold, where those are smaller."""
 
 
 class EvaluationSection(Section):
@@ -307,6 +314,12 @@ class RunConfig(Section):
                 "[wire] update = sign keeps signs only and would never learn sizes; set "
                 "error_feedback = true, or use int2"
             )
+        travels = method.density == 1 and (method.files(0) or self.model.modules_to_save)
+        if not wire.delta and not travels:
+            raise ValueError(
+                f"[wire] delta = false does nothing with {method.name}, which sends no differences "
+                "of the adapter anyway; leave it out"
+            )
         if self.wire.error_feedback:
             if not method.keeps_basis:
                 raise ValueError(f"[wire] error_feedback {stale}")
@@ -379,6 +392,7 @@ class RunConfig(Section):
             optimizer=self.training.optimizer,
             aim=self.plan.policy,
             rounds_left=rounds_left,
+            feeds_back=self.wire.error_feedback,
         )
 
     def make_server_optimizer(self) -> ServerOptimizer:

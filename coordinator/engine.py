@@ -37,6 +37,7 @@ from protos.contract import (
     Reason,
     RefusalError,
 )
+from protos.transfer import Buffer
 
 log = logging.getLogger("sketchfleet.coordinator")
 
@@ -85,6 +86,7 @@ class Engine:
         self._profiles: dict[str, DeviceProfile] = {}
         self._seen: dict[str, float] = {}
         self._ready: set[str] = set()
+        self._mirrors: dict[str, str] = {}  # what devices hold, of those that tell
         self._left_out: dict[str, str] = {}
         self._unfit: set[str] = set()
         self._changed = asyncio.Event()
@@ -95,7 +97,7 @@ class Engine:
         self._untold: set[str] = set()  # devices that do not know yet that the run is finished
         self._issuer = Issuer(
             config, spec, shape, records, blobs,
-            method=self._method, recorded=recorded,
+            method=self._method, recorded=recorded, clock=clock,
         )  # fmt: skip
         self._merger = Merger(
             spec, self._method, config.make_server_optimizer(), self._issuer.model,
@@ -238,7 +240,7 @@ class Engine:
             if not plan.devices:
                 self._notify()  # who does not fit is to be told
                 return
-            planned = await asyncio.to_thread(self._issuer.issue, effect, plan)
+            planned = await asyncio.to_thread(self._issuer.issue, effect, plan, dict(self._mirrors))
         finally:
             self._planning = False
         if self.state.phase != "gathering" or self.state.round != effect.round:
@@ -354,10 +356,18 @@ class Engine:
         working_on: str,
         wait_s: float,
         progress: Progress | None = None,
+        mirror: str | None = None,
     ) -> Task:
-        """The device's next piece of work, waiting up to `wait_s` for one."""
+        """The device's next piece of work, waiting up to `wait_s` for one.
+
+        mirror: the digest of the one it holds, "" for none, None where it cannot keep one.
+        """
         now = self._clock()
         self._seen[device_id] = now
+        if mirror is None:
+            self._mirrors.pop(device_id, None)
+        else:
+            self._mirrors[device_id] = mirror
         if progress is not None and working_on:
             self.progress[device_id] = progress
         elif not working_on:
@@ -434,20 +444,22 @@ class Engine:
         return self._intake.begin(device_id, assignment_id, digest, size_bytes)
 
     def put_chunk(
-        self, device_id: str, upload_id: str, offset: int, data: bytes, checksum: int
+        self, device_id: str, upload_id: str, offset: int, data: Buffer, checksum: int | None
     ) -> int:
-        """Takes a chunk; returns the length of the prefix held. Raises `RefusalError`."""
+        """Takes a chunk; returns the length of the prefix held. Raises `RefusalError`.
+
+        May be called from any thread.
+        """
         self._seen[device_id] = self._clock()  # a device that pushes for minutes is not lost
         return self._intake.put(device_id, upload_id, offset, data, checksum)
 
     async def commit_push(self, device_id: str, upload_id: str) -> tuple[str, str]:
         """(receipt, "accepted" or "late"). Repeating it returns the same. Raises `RefusalError`."""
-        upload, new = await self._intake.commit(device_id, upload_id)
+        assignment, digest, new = await self._intake.commit(device_id, upload_id)
         if new:
-            self._consider(upload.assignment_id)
-        record = self._intake.own(device_id, upload.assignment_id)
-        outcome = "late" if self._closed_without(record.assignment) else "accepted"
-        return f"{upload.assignment_id}:{upload.digest}", outcome
+            self._consider(assignment.assignment_id)
+        outcome = "late" if self._closed_without(assignment) else "accepted"
+        return f"{assignment.assignment_id}:{digest}", outcome
 
     def report(self, device_id: str, report: LocalReport) -> None:
         """Takes the report of an assignment. Raises `RefusalError`."""
@@ -459,6 +471,9 @@ class Engine:
                 Reason.BAD_REQUEST,
                 f"a report keeps {report.kept_rank} rows of {record.assignment.rank}",
             )
+        step = record.assignment.mirror
+        if record.report is None and report.outcome == "done" and step is not None:
+            self._mirrors[device_id] = step.result.digest  # the next round may not await its poll
         self._records.put_report(report)
         self._consider(report.assignment_id)
 
@@ -477,6 +492,8 @@ class Engine:
 
     def _closed_without(self, assignment: Assignment) -> bool:
         """Whether the round of an assignment closed before its update and report were in."""
+        if self.state.phase == "open" and self.state.round == assignment.round:
+            return False
         history = self._records.all_rounds(self.spec.run_id)
         own = next(r for r in history if r.round == assignment.round)
         return own.phase != "open" and assignment.device_id not in own.detail["on_time"]

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from coordinator.allowance import allowances, curves_of
 from coordinator.config import RunConfig
 from coordinator.corrections import learnt, length_before, plans_before
-from coordinator.lowrank import Bundle, Rows
+from coordinator.cutting import Cutter
 from coordinator.methods import Method
-from coordinator.plan_types import DENSE, update_payload
+from coordinator.plan_types import DENSE, UpdateTerms, update_payload
 from coordinator.planner import DevicePlan, Level, PlanError, PlanPolicy, RoundPlan, plan_round
 from coordinator.rounds import PlanRound
 from coordinator.state import SIDE, StateFile, StateReader
@@ -33,13 +33,9 @@ from protos.contract import (
     Encoding,
     Objective,
     Part,
-    Payload,
     from_plain,
     to_plain,
 )
-from protos.layout import Parts
-from protos.packing import PackedWriter, pack
-from protos.sketch import slice_rows
 
 Recorded = Mapping[int, tuple[float, Sequence[DevicePlan]]]
 """Round -> (length in seconds, plans), to be used instead of planning."""
@@ -47,17 +43,6 @@ Recorded = Mapping[int, tuple[float, Sequence[DevicePlan]]]
 
 class ReplayError(SketchfleetError):
     """Recorded plans do not cover this run."""
-
-
-@dataclass
-class _Issue:
-    """One round being handed out: the model it starts from, and files already packed for it."""
-
-    asked: PlanRound
-    version: int
-    model: StateReader
-    side_rank: int
-    packed: dict[Any, BlobRef] = field(default_factory=dict)
 
 
 class Issuer:
@@ -73,10 +58,11 @@ class Issuer:
         *,
         method: Method,
         recorded: Recorded | None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._spec, self._shape = config, spec, shape
         self._records, self._blobs = records, blobs
-        self._method, self._recorded = method, recorded
+        self._method, self._recorded, self._clock = method, recorded, clock
 
     # --- planning -------------------------------------------------------------------------------
 
@@ -99,9 +85,26 @@ class Issuer:
                 corrections=learnt(history, closed),
                 before={d: from_plain(DevicePlan, plain) for d, plain in before.items()},
                 before_s=length_before(history, measuring=measuring),
+                terms=self._terms(policy, profiles, history),
             )  # fmt: skip
         except PlanError as error:
             return error.plan
+
+    def _terms(
+        self,
+        policy: PlanPolicy,
+        devices: Iterable[str],
+        history: Sequence[AssignmentRecord],
+    ) -> dict[str, UpdateTerms]:
+        """The byte budgets of devices, and what their updates lose."""
+        plan, curves = self._config.plan, curves_of(history)
+        before_s = length_before(history, measuring=policy.evaluates_global)
+        limits = allowances(
+            history, devices, self._clock(), per_round=plan.bytes_per_round,
+            per_day=plan.bytes_per_day, length_s=before_s or policy.deadline_s,
+            rounds_left=policy.rounds_left,
+        )  # fmt: skip
+        return {d: UpdateTerms(limits.get(d), curves.get(d, ())) for d in {*limits, *curves}}
 
     def _replayed(self, round_: int, profiles: Mapping[str, DeviceProfile]) -> RoundPlan:
         assert self._recorded is not None
@@ -183,32 +186,57 @@ class Issuer:
         return StateReader(self._spec, self.files(at_most)[1])
 
     def forget(self, before_round: int) -> None:
-        """Drops slices and updates of rounds that are over; the models of all rounds stay."""
+        """Drops slices and updates of rounds that are over; the models of all rounds stay.
+
+        Of mirrors the newest of each device stays, however old.
+        """
         wanted = self._records.model_digests(self._spec.run_id)
         old: set[str] = set()
-        for record in self._records.assignments(self._spec.run_id):
-            digests = {blob.digest for blob in record.assignment.blobs}
+        history = self._records.assignments(self._spec.run_id)
+        wanted.update(mirror.digest for mirror in _newest_mirrors(history).values())
+        for record in history:
+            task = record.assignment
+            digests = {blob.digest for blob in task.blobs}
+            if task.mirror is not None:
+                digests.add(task.mirror.result.digest)
             if record.update_digest is not None:
                 digests.add(record.update_digest)
-            (old if record.assignment.round < before_round else wanted).update(digests)
+            (old if task.round < before_round else wanted).update(digests)
         for digest in old - wanted:
             self._blobs.drop(digest)
 
     # --- issuing --------------------------------------------------------------------------------
 
-    def issue(self, asked: PlanRound, plan: RoundPlan) -> list[tuple[Assignment, dict[str, Any]]]:
-        """The assignments of a plan, each with the plan it came from; their blobs are stored."""
+    def issue(
+        self, asked: PlanRound, plan: RoundPlan, mirrors: Mapping[str, str] | None = None
+    ) -> list[tuple[Assignment, dict[str, Any]]]:
+        """The assignments of a plan, each with the plan it came from; their blobs are stored.
+
+        mirrors: device -> digest of the mirror that it is known to hold, of those that keep one.
+        """
         version, files = self.files()
         side_rank = files[SIDE].payload.rank if SIDE in files else 0
-        issue = _Issue(asked, version, StateReader(self._spec, files), side_rank)
-        return [(self._assignment(issue, p, plan.round_s), to_plain(p)) for p in plan.devices]
+        travels = self._config.wire.delta and self._files(version)
+        held = self._held(mirrors) if mirrors and travels else {}
+        cutter = Cutter(
+            self._config.wire, self._spec, self._method, self._blobs,
+            StateReader(self._spec, files), groups=self._files(version), side_rank=side_rank,
+        )  # fmt: skip
+        issued = []
+        for planned in plan.devices:
+            blank = self._blank(asked, version, planned, plan.round_s)
+            issued.append((self._filled(blank, planned, cutter, held), to_plain(planned)))
+        return issued
 
-    def _assignment(self, issue: _Issue, plan: DevicePlan, round_s: float) -> Assignment:
-        c, spec, method, asked = self._config, self._spec, self._method, issue.asked
+    def _blank(
+        self, asked: PlanRound, version: int, plan: DevicePlan, round_s: float
+    ) -> Assignment:
+        """What a device is asked, without the files it takes."""
+        c, spec, method = self._config, self._spec, self._method
         trains = not asked.evaluate_only
         scale = method.device_scale(spec, plan.rank)
-        sent = self._sent(issue.version)
-        blank = Assignment(
+        sent = self._sent(version)
+        return Assignment(
             assignment_id=f"{spec.run_id}.{asked.round}.{plan.device_id}",
             run_id=spec.run_id,
             round=asked.round,
@@ -218,7 +246,7 @@ class Issuer:
             rows=method.rows,
             sketch_offset=plan.sketch_offset,
             alpha=scale * spec.divisor(plan.rank),
-            trained=self._trained(issue.version),
+            trained=self._trained(version),
             personal=method.personal,
             keeps_basis=method.keeps_basis,
             keeps_state=c.training.keep_optimizer,
@@ -232,7 +260,9 @@ class Issuer:
             local_steps=plan.local_steps if trains else 0,
             learning_rate=c.training.learning_rate,
             optimizer=c.training.optimizer,
-            update=update_payload(
+            budget=plan.budget if trains else None,
+            update=plan.update
+            or update_payload(
                 Level(plan.rank, plan.density),
                 self._encoding(plan),
                 sent,
@@ -250,14 +280,42 @@ class Issuer:
             fill_in_middle=c.training.fill_in_middle,
             completions=c.evaluation.completions,
         )
+
+    def _filled(
+        self, task: Assignment, plan: DevicePlan, cutter: Cutter, held: Mapping[str, BlobRef | None]
+    ) -> Assignment:
+        """With its files: as a step of the device's mirror, if it keeps one.
+
+        What is sparse is so on purpose, and travels as it is.
+        """
+        device, evaluates = task.device_id, task.evaluates_global
+        mirrored = device in held and plan.density == 1 and (task.trains or evaluates)
+        scale = self._method.device_scale(self._spec, task.rank)
         given: dict[str, Any] = {}
-        if trains:
-            given["slice"] = self._slice(issue, blank, scale, plan.density)
-            given["side"] = self._branch(issue, blank)
-        if plan.evaluates_global:
-            given["global_adapter"] = self._whole(issue)
-            given["global_side"] = self._side(issue, c.wire.global_adapter)
-        return dataclasses.replace(blank, **given)
+        if mirrored:
+            given["mirror"] = cutter.mirror(task, scale, held[device])
+        if task.trains:
+            if not mirrored:
+                given["slice"] = cutter.slice(task, scale, plan.density)
+            given["side"] = cutter.branch(task)
+        if evaluates:
+            if not mirrored:
+                given["global_adapter"] = cutter.whole()
+            given["global_side"] = cutter.side(self._config.wire.global_adapter)
+        return dataclasses.replace(task, **given)
+
+    def _held(self, mirrors: Mapping[str, str]) -> dict[str, BlobRef | None]:
+        """What devices hold for certain: what they were last sent, if they say that they took it.
+
+        One that names an older mirror may still be about to take the newest step.
+        """
+        newest = _newest_mirrors(self._records.assignments(self._spec.run_id))
+        found: dict[str, BlobRef | None] = {}
+        for device, digest in mirrors.items():
+            sent = newest.get(device)
+            sure = sent is not None and sent.digest == digest and self._blobs.holds(digest)
+            found[device] = sent if sure else None
+        return found
 
     def _encoding(self, plan: DevicePlan) -> Encoding:
         """What an update travels as; plans recorded before it could vary leave it to the run."""
@@ -270,112 +328,11 @@ class Issuer:
         plain = f.loss == "plain"
         return None if plain else Objective(f.propfair_ceiling, f.propfair_margin)
 
-    def _slice(
-        self, issue: _Issue, task: Assignment, scale: float, density: float
-    ) -> tuple[BlobRef, ...]:
-        """The rows a device is to train, one file for each group of parts."""
 
-        def cut(name: str) -> Parts:
-            rows = slice_rows(self._spec, task, name)
-            state = self._method.cut(issue.model.module(name), rows, scale)
-            parts = [part for part in ("up", "down", "core") if part in wanted]
-            return {part: state.values(part) for part in parts}
-
-        refs = []
-        for wanted in self._files(issue.version):
-            if wanted == DENSE:
-                refs.append(self._dense(issue, self._config.wire.slice, density))
-                continue
-            payload = Payload(task.rank, self._config.wire.slice, wanted, density)
-            which: tuple[Any, ...] = (task.rows, task.sketch_offset)
-            if task.rows == "independent":
-                which = (task.device_id,)
-            elif task.rows == "prefix" or task.rank == self._spec.rank:
-                which = ()
-            refs.append(self._packed(issue, ("slice", scale, *which), payload, cut))
-        return tuple(refs)
-
-    def _whole(self, issue: _Issue) -> tuple[BlobRef, ...]:
-        """The whole adapter, to be evaluated."""
-
-        def whole(name: str) -> Parts:
-            state = issue.model.module(name)
-            return {part: state.values(part) for part in wanted}
-
-        refs = []
-        for wanted in self._files(issue.version):
-            if wanted == DENSE:
-                refs.append(self._dense(issue, self._config.wire.global_adapter))
-                continue
-            payload = Payload(self._spec.rank, self._config.wire.global_adapter, wanted)
-            scale = self._method.device_scale(self._spec, self._spec.rank)
-            # A slice of all rows in this encoding is the same file.
-            refs.append(self._packed(issue, ("slice", scale), payload, whole))
-        return tuple(refs)
-
-    def _dense(self, issue: _Issue, encoding: Encoding, density: float = 1.0) -> BlobRef:
-        """The tensors trained whole: one file for every device, whatever its k."""
-        payload = Payload(self._spec.rank, encoding, DENSE, density)
-        return self._packed(issue, ("dense",), payload, lambda name: {})
-
-    def _branch(self, issue: _Issue, task: Assignment) -> BlobRef | None:
-        """The frozen branch that a device trains beside."""
-        if not self._method.complement:
-            return self._side(issue, self._config.wire.slice)
-        rank = self._spec.rank - task.rank + issue.side_rank
-        if not rank:
-            return None
-
-        def others(name: str) -> Parts:
-            rows: Rows = slice_rows(self._spec, task, name)
-            branch = self._method.branch(issue.model.module(name), rows)
-            assert branch is not None
-            return _sides(branch)
-
-        payload = Payload(rank, self._config.wire.slice)
-        return self._packed(issue, ("branch", task.device_id), payload, others)
-
-    def _side(self, issue: _Issue, encoding: Encoding) -> BlobRef | None:
-        """The branch that is part of the global model."""
-        if not issue.side_rank:
-            return None
-
-        def side(name: str) -> Parts:
-            branch = issue.model.module(name).side
-            assert branch is not None
-            return _sides(branch)
-
-        return self._packed(issue, ("side",), Payload(issue.side_rank, encoding), side)
-
-    def _packed(self, issue: _Issue, key: tuple[Any, ...], payload: Payload, cut: Any) -> BlobRef:
-        """The blob of what `cut` gives for each module; packed once for equal keys."""
-        key = (*key, payload)
-        if key not in issue.packed:
-            issue.packed[key] = self._pack(issue, payload, cut)
-        return issue.packed[key]
-
-    def _pack(self, issue: _Issue, payload: Payload, cut: Any) -> BlobRef:
-        names = [] if payload.parts == DENSE else [m.name for m in self._spec.modules]
-        dense = [t.name for t in self._spec.dense] if "dense" in payload.parts else []
-        if payload.density < 1:  # which values travel depends on all of them
-            factors = {name: cut(name) for name in names}
-            factors |= {name: {"dense": issue.model.dense(name)[0]} for name in dense}
-            return self._blobs.put(pack(self._spec, payload, factors), payload)
-        draft: Path = self._blobs.draft()
-        with draft.open("wb") as stream:
-            writer = PackedWriter(stream, self._spec, payload)
-            for name in names:
-                writer.write(name, cut(name))
-            for name in dense:
-                writer.write(name, {"dense": issue.model.dense(name)[0]})
-            writer.finish()
-        return self._blobs.adopt(draft, payload)
-
-
-def _sides(branch: Bundle) -> Parts:
-    """A branch as it travels: at scale 1."""
-    branch = branch.at_scale(1.0)
-    return {"up": branch.up, "down": branch.down}
+def _newest_mirrors(history: Sequence[AssignmentRecord]) -> dict[str, BlobRef]:
+    """Device -> the mirror that its newest step ends with; `history` by round."""
+    tasks = [record.assignment for record in history]
+    return {t.device_id: t.mirror.result for t in tasks if t.mirror is not None}
 
 
 def _seed(seed: int, round_: int, device_id: str) -> int:

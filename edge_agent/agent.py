@@ -28,7 +28,9 @@ from edge_agent.journal import Entry, Journal
 from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.machine import Machine
 from edge_agent.membership import Membership
-from edge_agent.network import DailyBudget
+from edge_agent.mirror import Mirror
+from edge_agent.network import DailyBudget, carried_bytes
+from edge_agent.pace import Courtesy, Pace
 from edge_agent.policy import FREE, decide
 from edge_agent.profiler import Profiler
 from edge_agent.readings import Sensors
@@ -38,6 +40,7 @@ from edge_agent.training.connectors import require_usable
 from edge_agent.watch import RoundWatch
 from profiles.errors import SketchfleetError
 from profiles.model import ModelError
+from protos.codecs import PackingError
 from protos.contract import (
     AdapterSpec,
     Assignment,
@@ -49,7 +52,7 @@ from protos.contract import (
     from_plain,
     to_plain,
 )
-from protos.layout import packed_bytes
+from protos.layout import most_update_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 
 log = logging.getLogger("sketchfleet.agent")
@@ -97,7 +100,12 @@ class Agent:
             with contextlib.suppress(OSError):  # the journal says what is wrong with it
                 self.folder.mkdir(mode=0o700, parents=True)  # it will hold the credential
         self.journal = Journal(self.folder)
-        self.link = Link(config.coordinator.address)
+        machine = machine or Machine()
+        self.link = Link(config.coordinator.address, Pace(config.network.most_bps))
+        if config.policy.owner != "dedicated":
+            self.link.pace.courtesy = Courtesy(
+                partial(carried_bytes, machine), lambda: self.link.moved_bytes
+            )
         self.fleet = Membership(config, self.link, version())
         self.trainer = TrainerProcess(
             config.trainer.python, config.limits.threads, self.folder / "trainer.log"
@@ -108,7 +116,6 @@ class Agent:
         self.budget = DailyBudget(
             self.folder / "traffic.json", None if daily_mb is None else daily_mb * 10**6
         )
-        machine = machine or Machine()
         self.profiler = Profiler(
             config, version(), self.link, self.fleet, self.bases, machine, self.budget
         )
@@ -117,6 +124,7 @@ class Agent:
         self._over = False
         for name in ("blobs", "work"):
             (self.folder / name).mkdir(exist_ok=True)
+        self.mirror = Mirror(self.folder / "mirror")
 
     async def run(self) -> None:
         """Works until the run is finished. Raises `SketchfleetError` when it cannot."""
@@ -129,13 +137,15 @@ class Agent:
         idle_since = time.monotonic()
         try:
             await self._send_pending()
+            ready_since = time.monotonic()
             while True:
-                await self._stay_away()
+                ready_since += await self._stay_away()
                 answer = await self._poll(POLL_S)
                 self.link.patience_s = math.inf  # it was there: from now on only a break
                 if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
                     self._clear("blobs")
                     self._clear("work")
+                    self.mirror.clear()
                     self.status("finished")
                     log.info("run finished")
                     return
@@ -148,13 +158,13 @@ class Agent:
                     task = from_message(answer.assignment, Assignment)
                     told = {"round": task.round, "remaining_s": round(answer.remaining_s)}
                     log.info("assignment: %s", task.reason, extra=told)
-                    await self._work(spec, task)
+                    await self._work(spec, task, time.monotonic() - ready_since)
                 else:
                     self.status("waiting", message=answer.message)
                     if time.monotonic() - idle_since > self.config.trainer.idle_s:
                         await self.trainer.stop()
                     continue
-                idle_since = time.monotonic()
+                idle_since = ready_since = time.monotonic()
         finally:
             await self.trainer.stop()
             await self.link.close()
@@ -167,7 +177,9 @@ class Agent:
         """One long poll; carries the profile when the coordinator has not seen it yet."""
         await self.profiler.refresh()
         profile = self.profiler.profile if self.profiler.is_due else None
-        answer = await self.fleet.call(lambda: self.link.next_task(profile, "", wait_s, math.inf))
+        answer = await self.fleet.call(
+            lambda: self.link.next_task(profile, "", wait_s, math.inf, mirror=self.mirror.digest)
+        )
         self._charge()
         if profile is not None:
             self.profiler.sent()
@@ -175,12 +187,13 @@ class Agent:
 
     # --- what the owner allows ------------------------------------------------------------------
 
-    async def _stay_away(self) -> None:
+    async def _stay_away(self) -> float:
         """Waits while no work may be asked for: for hours, so the fleet had better not count on it.
 
-        What passes sooner (heat, other programs) holds a round up instead of missing it.
+        Returns for how long, s. What passes sooner (heat, other programs) holds a round up instead
+        of missing it.
         """
-        verdict, told = FREE, False
+        verdict, told, begun = FREE, False, time.monotonic()
         while True:
             found = await asyncio.to_thread(self.activity.read, True)
             verdict = decide(self.config.policy, found, datetime.now(), time.monotonic(), verdict)
@@ -191,7 +204,7 @@ class Agent:
                     await self._poll(0.0)
                     told = True
             if not why:
-                return
+                return time.monotonic() - begun
             await self.trainer.stop()
             self.status("away", message=why)
             await asyncio.sleep(AWAY_S)
@@ -212,9 +225,9 @@ class Agent:
     def _require_budget(self, spec: AdapterSpec, assignment: Assignment) -> None:
         """Raises `BudgetError` when today's bytes do not suffice for this assignment."""
         held = {path.name for path in (self.folder / "blobs").iterdir()}
-        need = sum(blob.size_bytes for blob in assignment.blobs if blob.digest not in held)
+        need = sum(b.size_bytes for b in self._wanted(assignment) if b.digest not in held)
         if assignment.trains:
-            need += packed_bytes(spec, assignment.update)
+            need += most_update_bytes(spec, assignment)[0]
         if not self.budget.allows(need):
             raise BudgetError(
                 f"the assignment needs {need / 1e6:.1f} MB and today's data budget has "
@@ -223,10 +236,13 @@ class Agent:
 
     # --- one assignment -------------------------------------------------------------------------
 
-    async def _work(self, spec: AdapterSpec, assignment: Assignment) -> None:
-        """Fetches, trains, journals, pushes, reports."""
+    async def _work(self, spec: AdapterSpec, assignment: Assignment, wait_s: float) -> None:
+        """Fetches, trains, journals, pushes, reports; `wait_s`: how long it was ready for this."""
+        named = [blob.digest for blob in assignment.blobs]
+        if assignment.mirror is not None:
+            named.append(assignment.mirror.result.digest)
         if not FILE_NAME.fullmatch(assignment.assignment_id) or not all(
-            DIGEST.fullmatch(blob.digest) for blob in assignment.blobs
+            map(DIGEST.fullmatch, named)
         ):
             raise AgentError("the coordinator gave names that are no file names; do not trust it")
         self._clear("work", but=(f"{assignment.assignment_id}{CHECKPOINT}",))
@@ -257,6 +273,7 @@ class Agent:
             return
         finally:
             await _end(beside)
+        report = dataclasses.replace(report, wait_s=wait_s)
         await self._send(self.journal.add(report, update, home))
         self._clear("work")
         if cause is not None:
@@ -272,7 +289,7 @@ class Agent:
                 await self.profiler.refresh(may_measure=False)
                 profile = self.profiler.profile if self.profiler.is_due else None
                 answer = await self.link.next_task(
-                    profile, assignment_id, 0.0, 0.0, watch.progress()
+                    profile, assignment_id, 0.0, 0.0, watch.progress(), self.mirror.digest
                 )
                 self._charge()
                 if profile is not None:
@@ -290,14 +307,19 @@ class Agent:
         self._require_budget(spec, assignment)
         folder = await self.bases.folder(spec)
         begun, before = time.monotonic(), self.link.fetched_bytes
+        resumes, resent = self.link.resumes, self.link.resent_bytes
         await self._fetch(assignment)
+        await self._take_mirror(spec, assignment)
         self._charge()
         fetch_s, fetched = time.monotonic() - begun, self.link.fetched_bytes - before
+        resumes, resent = self.link.resumes - resumes, self.link.resent_bytes - resent
         job = self._job(spec, assignment, folder)
         watch.phase = "training" if assignment.trains else "evaluating"
         result = await watch.carry_out(job, self.trainer)
         report = watch.completed(from_plain(LocalReport, result["report"]))
-        report = dataclasses.replace(report, fetch_s=fetch_s, fetched_bytes=fetched)
+        report = dataclasses.replace(
+            report, fetch_s=fetch_s, fetched_bytes=fetched, resumes=resumes, resent_bytes=resent
+        )
         update, home = job["update_path"], job["home_out"]
         return (
             report,
@@ -321,6 +343,7 @@ class Agent:
             "side_path": None if side is None else self._place(side),
             "global_paths": [self._place(blob) for blob in assignment.global_adapter],
             "global_side_path": None if global_side is None else self._place(global_side),
+            "mirror_path": None if assignment.mirror is None else str(self.mirror.path),
             "update_path": str(work / f"{name}.update") if assignment.trains else None,
             "home_path": None if home is None else str(home),
             "home_out": str(work / f"{name}.home") if assignment.trains else None,
@@ -336,10 +359,35 @@ class Agent:
         What an earlier round left stays if it is named again: a factor that did not change
         costs nothing.
         """
-        named = [blob.digest for blob in assignment.blobs]
+        wanted = self._wanted(assignment)
+        named = [blob.digest for blob in wanted]
         self._clear("blobs", but={*named, *(f"{digest}.part" for digest in named)})
-        for blob in assignment.blobs:
+        for blob in wanted:
             await self.fleet.call(partial(self.link.fetch, blob, self.folder / "blobs"))
+
+    def _wanted(self, assignment: Assignment) -> tuple[BlobRef, ...]:
+        """What this device must have in blobs/ for an assignment."""
+        if assignment.mirror is None:
+            return assignment.blobs
+        rest = dataclasses.replace(assignment, mirror=None).blobs
+        return tuple(dict.fromkeys((*rest, *self.mirror.wanted(assignment.mirror))))
+
+    async def _take_mirror(self, spec: AdapterSpec, assignment: Assignment) -> None:
+        """Brings the mirror to where the assignment wants it, at worst by fetching it whole."""
+        if assignment.mirror is None:
+            return
+        blobs = self.folder / "blobs"
+        try:
+            await asyncio.to_thread(self.mirror.take, spec, assignment, blobs)
+        except (PackingError, OSError) as error:
+            log.warning("mirror fetched whole: %s", error, extra={"round": assignment.round})
+            self.mirror.clear()
+            result = assignment.mirror.result
+            await self.fleet.call(partial(self.link.fetch, result, blobs))
+            whole = dataclasses.replace(assignment.mirror, files=(), base=result)
+            await asyncio.to_thread(
+                self.mirror.take, spec, dataclasses.replace(assignment, mirror=whole), blobs
+            )
 
     def _place(self, blob: BlobRef) -> str:
         return str(self.folder / "blobs" / blob.digest)
@@ -350,16 +398,19 @@ class Agent:
         try:
             if entry.digest and not entry.committed:
                 self.status("pushing", assignment=entry.assignment_id)
-                before, begun = self.link.resumes, time.monotonic()
                 path = self.journal.update_path(entry.digest)
                 size = path.stat().st_size
                 await self._await_budget(size)
+                resumes, resent, begun = (
+                    self.link.resumes, self.link.resent_bytes, time.monotonic()
+                )  # fmt: skip
                 receipt, outcome = await self.fleet.call(
                     partial(self.link.push, entry.assignment_id, entry.digest, path)
                 )
                 report = dataclasses.replace(
                     report, push_s=time.monotonic() - begun, pushed_bytes=size,
-                    resumes=report.resumes + self.link.resumes - before,
+                    resumes=report.resumes + self.link.resumes - resumes,
+                    resent_bytes=report.resent_bytes + self.link.resent_bytes - resent,
                 )  # fmt: skip
                 self.journal.committed(entry.assignment_id, report)
                 self._charge()

@@ -16,6 +16,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -28,8 +29,10 @@ from coordinator.serve import build_spec, open_state
 from coordinator.service import add_services, make_server
 from coordinator.state import StateFile, StateReader
 from edge_agent.link import Link
+from edge_agent.mirror import Mirror
 from profiles.device import ComputeProfile, DeviceProfile
 from profiles.link import LinkProfile
+from protos.chunk import Chunk, chunk_message
 from protos.contract import (
     AdapterSpec,
     Assignment,
@@ -38,10 +41,11 @@ from protos.contract import (
     ProfileRequest,
     from_message,
 )
+from protos.fitting import fit
+from protos.mirror import slice_of, whole_of
 from protos.packing import pack
 from protos.sketch import initial_down, slice_rows
 from protos.sketchfleet.v1 import fleet_pb2 as pb
-from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import reason_of
 from protos.unpacking import unpack
 
@@ -229,13 +233,21 @@ class Coordinator:
             await asyncio.sleep(0.005)
 
 
-class Device:
-    """One agent without a trainer."""
+class Begun(NamedTuple):
+    """A push that was declared."""
 
-    def __init__(self, name, address, folder, profile):
+    update: pb.PushedUpdate
+    durable_bytes: int
+
+
+class Device:
+    """One agent without a trainer; `mirrored`: it keeps a copy of the global adapter."""
+
+    def __init__(self, name, address, folder, profile, mirrored=False):
         self.name, self.folder, self.profile = name, folder, profile
         self.folder.mkdir(parents=True, exist_ok=True)
         self.link = Link(address)
+        self.mirror = Mirror(self.folder / "mirror") if mirrored else None
         self.homes = {}  # by round: module -> (rows, what stayed at home)
 
     async def enroll(self, token):
@@ -244,7 +256,8 @@ class Device:
 
     async def poll(self, wait_s=0.0, working_on="", profile=None):
         """One long poll."""
-        return await self.link.next_task(profile, working_on, wait_s, 10.0)
+        held = None if self.mirror is None else self.mirror.digest
+        return await self.link.next_task(profile, working_on, wait_s, 10.0, mirror=held)
 
     async def take(self, within_s=10.0):
         """The next assignment, with the run's spec."""
@@ -272,7 +285,7 @@ class Device:
 
     async def start(self, spec, a):
         """What a device trains from, by tensor and part: its home, the slice, a draw, zeros."""
-        received = await self.read(a.slice, spec)
+        received = await self.received(spec, a, a.slice, slice_of)
         return self.completed(spec, a, received, a.rank, {*a.trained, *a.personal})
 
     def completed(self, spec, a, received, rank, needed):
@@ -294,6 +307,14 @@ class Device:
             whole[m.name] = {**zeros, **drawn, **received.get(m.name, {}), **kept}
         return whole | {tensor.name: received[tensor.name] for tensor in spec.dense}
 
+    async def received(self, spec, a, blobs, cut):
+        """What these files hold, or what is cut from the mirror in their place."""
+        if a.mirror is None:
+            return await self.read(blobs, spec)
+        for blob in self.mirror.wanted(a.mirror):
+            await self.link.fetch(blob, self.folder)
+        return cut(spec, a, self.mirror.take(spec, a, self.folder))
+
     async def read(self, blobs, spec):
         """What these files hold together: tensor -> part -> values. No part lies in two of them."""
         found = {}
@@ -307,7 +328,10 @@ class Device:
     def write_update(self, spec, a, delta):
         """A delta as the file that would be pushed; of its parts, those to be sent."""
         path = self.folder / f"{a.assignment_id}.update"
-        path.write_bytes(pack(spec, a.update, delta, assignment_digest=a.digest, seed=a.seed))
+        payload = a.update
+        if a.budget is not None:
+            payload = fit(spec, payload, a.budget, delta, fed_back=a.error_feedback)[0].payload
+        path.write_bytes(pack(spec, payload, delta, assignment_digest=a.digest, seed=a.seed))
         return path
 
     async def push(self, a, path):
@@ -319,7 +343,7 @@ class Device:
         """Reports; measures the whole adapter when asked to."""
         measured = []
         if a.evaluates_global:
-            files = await self.read(a.global_adapter, spec)
+            files = await self.received(spec, a, a.global_adapter, whole_of)
             whole = self.completed(spec, a, files, spec.rank, a.personal)
             side = await self.read((a.global_side,) if a.global_side else (), spec)
             ups = [parts["up"] for model in (whole, side) for parts in model.values()
@@ -366,25 +390,33 @@ class Device:
 
     # --- below Link: single calls, to send what Link never would --------------------------------
 
+    @contextlib.asynccontextmanager
+    async def pushing(self, update):
+        """(the stream of a push, its first answer): declared, and no byte sent."""
+        stream = self.link._push(metadata=self.link._metadata, timeout=10)
+        try:
+            await stream.write(pb.PushRequest(update=update).SerializeToString())
+            yield stream, await stream.read()
+        finally:
+            stream.cancel()
+
     async def begin(self, assignment_id, digest, size_bytes):
-        """One BeginPush."""
-        return await self.link._transfer.BeginPush(
-            pb.BeginPushRequest(assignment_id=assignment_id, digest=digest, size_bytes=size_bytes),
-            timeout=10, metadata=self.link._metadata,
-        )  # fmt: skip
+        """Declares an update and hangs up."""
+        update = pb.PushedUpdate(assignment_id=assignment_id, digest=digest, size_bytes=size_bytes)
+        async with self.pushing(update) as (_, answer):
+            return Begun(update, answer.durable_bytes)
 
-    async def put(self, upload_id, offset, data, checksum):
-        """One PutChunk."""
-        return await self.link._transfer.PutChunk(
-            pb.PutChunkRequest(upload_id=upload_id, offset=offset, data=data, crc32=checksum),
-            timeout=10, metadata=self.link._metadata,
-        )  # fmt: skip
+    async def put(self, update, offset, data, checksum):
+        """Sends one chunk and hangs up; the bytes held then."""
+        async with self.pushing(update) as (stream, _):
+            await stream.write(chunk_message(Chunk(offset, data, checksum, True)))
+            return (await stream.read()).durable_bytes
 
-    async def commit(self, upload_id):
-        """One CommitPush."""
-        return await self.link._transfer.CommitPush(
-            pb.CommitPushRequest(upload_id=upload_id), timeout=10, metadata=self.link._metadata
-        )
+    async def commit(self, update):
+        """Sends nothing more; the receipt."""
+        async with self.pushing(update) as (stream, _):
+            await stream.done_writing()
+            return (await stream.read()).receipt
 
 
 def rows_of(spec, a, name):
@@ -450,7 +482,7 @@ UNEQUAL = {
 
 @contextlib.asynccontextmanager
 async def fleet(folder, *, names=NAMES, profiles=UNEQUAL, dimensions=SMALL, clock=time.time,
-                recorded=None, **sections):  # fmt: skip
+                recorded=None, mirrored=False, **sections):  # fmt: skip
     """A started coordinator under `folder` and these devices, enrolled."""
     base = write_base(BASES / str(dimensions["hidden_size"]), dimensions)
     config = make_config(base, folder / "state", **sections)
@@ -459,7 +491,7 @@ async def fleet(folder, *, names=NAMES, profiles=UNEQUAL, dimensions=SMALL, cloc
     digest = coordinator.engine.spec.base_digest
     devices = {
         name: Device(name, coordinator.address, folder / name,
-                     make_profile(digest, **profiles.get(name, {})))
+                     make_profile(digest, **profiles.get(name, {})), mirrored)
         for name in names
     }  # fmt: skip
     try:
@@ -482,7 +514,7 @@ async def reason_for(call):
 
 
 def raw_transfer(address):
-    """(channel, stub) without the limits that Link puts on itself."""
+    """(channel, call of Push) without the limits that Link puts on itself."""
     unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     channel = grpc.aio.insecure_channel(address, options=unlimited)
-    return channel, rpc.TransferServiceStub(channel)
+    return channel, channel.stream_stream("/sketchfleet.v1.TransferService/Push")

@@ -23,7 +23,7 @@ from torch import Tensor
 from edge_agent.training.backbone import Backbone
 from edge_agent.training.branches import side_branch
 from edge_agent.training.evaluation import measure, spread
-from edge_agent.training.feedback import pack_update
+from edge_agent.training.feedback import PackedUpdate, pack_update
 from edge_agent.training.home import Home, read_home, write_home
 from edge_agent.training.local_objective import Term, kept_rows, pull, tail_product
 from edge_agent.training.memory import MemoryWatch, give_back
@@ -66,6 +66,7 @@ from edge_agent.training.train_job import JobError, TrainJob, require_consistent
 from edge_agent.training.workbench import LocalRows, Workbench
 from protos.contract import BlobRef, LocalReport, Objective, Part, Stage, Subject
 from protos.layout import Parts
+from protos.mirror import slice_of, whole_of
 from protos.sketch import slice_rows
 from protos.transfer import write_durably
 
@@ -142,6 +143,8 @@ class _LocalRound:
     so_far: RoundSoFar = field(default_factory=RoundSoFar)
     paused_before_s: float = 0.0
     resumed_step: int = 0  # steps found done, of both adapters together
+    pack_s: float = 0.0  # comes last, so no checkpoint holds it
+    packed: PackedUpdate | None = None
 
     def __post_init__(self) -> None:
         """Takes over what was measured before."""
@@ -157,7 +160,10 @@ class _LocalRound:
     def evaluate_global(self, home: Home) -> None:
         """The adapter that all devices share, with this device's personal parts."""
         job, task, spec = self.job, self.job.assignment, self.job.spec
-        files = read_files(spec, task.global_adapter, job.global_paths)
+        if job.mirror_path is not None:
+            files = whole_of(spec, task, job.mirror_path)
+        else:
+            files = read_files(spec, task.global_adapter, job.global_paths)
         everything = {m.name: np.arange(spec.rank, dtype=np.int64) for m in spec.modules}
         whole = whole_adapter(spec, task, files, home.at(everything))
         side = self._read_side(task.global_side, job.global_side_path)
@@ -174,7 +180,11 @@ class _LocalRound:
         assert job.update_path is not None
         rows = {m.name: slice_rows(spec, task, m.name) for m in spec.modules}
         here = home.at(rows)
-        received = starting_slice(spec, task, read_files(spec, task.slice, job.slice_paths), here)
+        if job.mirror_path is not None:
+            files = slice_of(spec, task, job.mirror_path)
+        else:
+            files = read_files(spec, task.slice, job.slice_paths)
+        received = starting_slice(spec, task, files, here)
         side = self._read_side(task.side, job.side_path)
         personal: dict[str, Parts] = {}
         with (
@@ -194,9 +204,11 @@ class _LocalRound:
                 self._steps(model, self._optimizer(model), "personal", trained, moments, term=term)
                 self._evaluate(model, "personal", "trained")
                 personal = read_parts(model)
+        packing = time.perf_counter()
         delta = subtract(trained, received, task.update.parts)
-        packed, residual = pack_update(spec, task, delta, rows, home.residual)
-        write_durably(job.update_path, packed)
+        packed = self.packed = pack_update(spec, task, delta, rows, home.residual)
+        write_durably(job.update_path, packed.data)
+        self.pack_s = time.perf_counter() - packing
         kept = Home(
             round=task.round,
             alpha=task.alpha,
@@ -205,7 +217,7 @@ class _LocalRound:
             personal=personal,
             side=side if task.personal or personal else {},
             moments=moments,
-            residual=residual,
+            residual=packed.residual,
         )
         if job.home_out is not None and not kept.is_empty:
             write_home(job.home_out, kept, spec)
@@ -230,6 +242,10 @@ class _LocalRound:
             load_s=load_s,
             paused_s=self._paused_s,
             resumed_step=self.resumed_step,
+            pack_s=self.pack_s,
+            sent=None if self.packed is None else self.packed.chosen,
+            update_error=0.0 if self.packed is None else self.packed.error,
+            error_curves=() if self.packed is None else self.packed.curves,
         )
 
     @property

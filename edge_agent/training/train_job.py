@@ -30,6 +30,7 @@ class TrainJob:
     side_path: Path | None = None
     global_paths: tuple[Path, ...] = ()
     global_side_path: Path | None = None
+    mirror_path: Path | None = None  # what slice and whole adapter are cut from, in their place
     update_path: Path | None = None  # where the packed delta goes
     home_path: Path | None = None  # what the device kept so far; only read, need not exist
     home_out: Path | None = None  # where what it keeps now goes, if there is anything
@@ -53,6 +54,7 @@ def require_consistent(job: TrainJob) -> None:
         (len(task.global_adapter), len(job.global_paths)),
         (task.side is None, job.side_path is None),
         (task.global_side is None, job.global_side_path is None),
+        (task.mirror is None, job.mirror_path is None),
     )
     if any(want != given for want, given in named):
         raise JobError("the files of the job are not those that its assignment names")

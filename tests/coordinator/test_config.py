@@ -105,6 +105,8 @@ def test_the_home_folder_is_understood(load, monkeypatch, tmp_path):
         ("model = 3\n[run]\nname = 'x'\n", r"\[model\] .*valid dictionary"),
         (LEAST + "[adapter]\nrank = 4\n[round]\nmin_rank = 8\n", "min_rank 8 exceeds .* rank 4"),
         (LEAST + "[wire]\ngroup = 4\n", "group 4 is too small"),
+        (LEAST + "[method]\nname = 'flasc'\n[wire]\ndelta = false\n", "delta = false does nothing"),
+        (LEAST + "[method]\nname = 'flora'\n[wire]\ndelta = false\n", "delta = false does nothing"),
         (LEAST + "[wire]\nupdate = 'bfloat16'\ngroup = 64\n", "group does nothing with bfloat16"),
         (LEAST + "[wire]\nupdate = 'sign'\n", "signs only .*error_feedback = true"),
         (LEAST + "[wire]\nslice = 'int2'\n", r"\[wire\] slice: .*'int4'"),

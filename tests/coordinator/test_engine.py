@@ -398,9 +398,9 @@ async def one_device(fleet, name="ash"):
     return device, spec, a, await device.train(spec, a)
 
 
-async def put_all(device, upload_id, data):
+async def put_all(device, update, data):
     """Every chunk of an update that fits one chunk."""
-    await device.put(upload_id, 0, data, crc32(data))
+    await device.put(update, 0, data, crc32(data))
 
 
 def sha256(data):
@@ -478,14 +478,18 @@ async def test_of_two_updates_begun_side_by_side_only_one_gets_a_receipt(harness
         first = update.read_bytes()
         received = unpack(first, spec, a.update, assignment_digest=a.digest)
         second = device.write_update(spec, a, harness.make_delta(received, 99)).read_bytes()
-        ids = []
-        for data in (first, second):
-            begun = await device.begin(a.assignment_id, sha256(data), len(data))
-            await put_all(device, begun.upload_id, data)
-            ids.append(begun.upload_id)
+        updates = [
+            pb.PushedUpdate(
+                assignment_id=a.assignment_id, digest=sha256(data), size_bytes=len(data)
+            )
+            for data in (first, second)
+        ]
         # A device has one open upload an assignment: the later one took the earlier one's place.
-        assert await harness.reason_for(device.commit(ids[0])) is Reason.DIGEST_MISMATCH
-        assert (await device.commit(ids[1])).receipt.endswith(sha256(second))
+        async with device.pushing(updates[0]) as (overtaken, _):
+            await put_all(device, updates[1], second)
+            await overtaken.done_writing()
+            assert await harness.reason_for(overtaken.read()) is Reason.UNKNOWN_UPLOAD
+        assert (await device.commit(updates[1])).endswith(sha256(second))
         again = device.begin(a.assignment_id, sha256(first), len(first))
         assert await harness.reason_for(again) is Reason.EQUIVOCATION
         assert fleet.coordinator.assignment(0, "ash").update_digest == sha256(second)
@@ -497,15 +501,27 @@ async def test_of_two_updates_committed_at_once_only_one_gets_a_receipt(harness,
         first = update.read_bytes()
         received = unpack(first, spec, a.update, assignment_digest=a.digest)
         second = device.write_update(spec, a, harness.make_delta(received, 99)).read_bytes()
-        ids = []
-        for data in (first, second):
-            begun = await device.begin(a.assignment_id, sha256(data), len(data))
-            await put_all(device, begun.upload_id, data)
-            ids.append(begun.upload_id)
-        answers = await asyncio.gather(*map(device.commit, ids), return_exceptions=True)
-        receipts = [answer.receipt for answer in answers if hasattr(answer, "receipt")]
+        pushes = [device.push(a, path) for path in (tmp_path / "first", tmp_path / "second")]
+        for path, data in zip(
+            (tmp_path / "first", tmp_path / "second"), (first, second), strict=True
+        ):
+            path.write_bytes(data)
+        answers = await asyncio.gather(*pushes, return_exceptions=True)
+        receipts = [answer[0] for answer in answers if isinstance(answer, tuple)]
+        assert all(
+            isinstance(answer, tuple) or answer.reason is Reason.EQUIVOCATION for answer in answers
+        )
         standing = fleet.coordinator.assignment(0, "ash").update_digest
         assert receipts == [f"{a.assignment_id}:{standing}"]
+
+
+async def test_a_push_asked_for_again_while_it_is_accepted_gets_the_same_receipt(harness, tmp_path):
+    """As after a break just before the receipt: the first acceptance goes on without a listener."""
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, _, a, update = await one_device(fleet)
+        receipts = await asyncio.gather(*(device.push(a, update) for _ in range(5)))
+        assert len(set(receipts)) == 1
+        assert device.link.resumes == 0, "one of them failed and was repeated"
 
 
 async def test_an_assignment_of_another_device_cannot_be_answered(harness, tmp_path):
@@ -522,9 +538,8 @@ async def test_an_assignment_of_another_device_cannot_be_answered(harness, tmp_p
             assert told.value.reason is Reason.UNKNOWN_ASSIGNMENT
         size = packed_bytes(spec, a.update)
         begun = await fleet["birch"].begin(a.assignment_id, "0" * 64, size)
-        stolen = ash.put(begun.upload_id, 0, b"x", crc32(b"x"))
+        stolen = ash.put(begun.update, 0, b"x", crc32(b"x"))
         assert await harness.reason_for(stolen) is Reason.UNKNOWN_ASSIGNMENT
-        assert await harness.reason_for(ash.commit("nonsense")) is Reason.UNKNOWN_UPLOAD
 
 
 async def test_committing_twice_gives_the_same_receipt_even_after_the_round(harness, tmp_path):
@@ -532,12 +547,12 @@ async def test_committing_twice_gives_the_same_receipt_even_after_the_round(harn
         device, spec, a, update = await one_device(fleet)
         data = update.read_bytes()
         begun = await device.begin(a.assignment_id, sha256(data), len(data))
-        await put_all(device, begun.upload_id, data)
-        first = await device.commit(begun.upload_id)
-        assert await device.commit(begun.upload_id) == first
+        await put_all(device, begun.update, data)
+        first = await device.commit(begun.update)
+        assert await device.commit(begun.update) == first
         await device.report(spec, a)
         await round_opened(fleet, 1)
-        assert (await device.commit(begun.upload_id)) == first
+        assert (await device.commit(begun.update)) == first
 
 
 async def test_the_first_report_stands(harness, tmp_path):

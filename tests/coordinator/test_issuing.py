@@ -22,6 +22,7 @@ from profiles.device import ComputeProfile, DeviceProfile
 from profiles.link import LinkProfile
 from protos.contract import LocalReport, Objective, Payload, Pruning
 from protos.layout import packed_bytes
+from protos.mirror import slice_of, whole_of
 from protos.sketch import slice_rows
 from protos.unpacking import unpack
 
@@ -92,14 +93,14 @@ class Desk:
         asked = PlanRound(self.version if round_ is None else round_, devices, evaluate_only)
         return asked, self.issuer.plan(asked, {d: self.profile() for d in devices})
 
-    def issue(self, ranks=None, **asked):
+    def issue(self, ranks=None, mirrors=None, **asked):
         """Assignments by device; `ranks` overrules the planner's k."""
         asked, plan = self.plan(**asked)
         if ranks:
             own = [dataclasses.replace(p, rank=ranks[p.device_id], sketch_offset=2 * i)
                    for i, p in enumerate(plan.devices)]  # fmt: skip
             plan = RoundPlan(plan.round_s, tuple(own))
-        return {a.device_id: a for a, _ in self.issuer.issue(asked, plan)}
+        return {a.device_id: a for a, _ in self.issuer.issue(asked, plan, mirrors)}
 
     def read(self, *blobs):
         """What these blobs hold together."""
@@ -468,3 +469,93 @@ def test_what_newer_rounds_still_name_is_kept_when_old_ones_are_forgotten(desk, 
     assert {d for d in old | new | models if on.blobs.holds(d)} == new | models
     one, two = (on.records.assignment(f"run.{r}.a").update_digest for r in (1, 2))
     assert not on.blobs.holds(one) and on.blobs.holds(two)
+
+
+# --- mirrors ------------------------------------------------------------------------------------
+
+NONE = dict.fromkeys(DEVICES, "")
+
+
+def cut(on, a, how):
+    return how(on.spec, a, on.blobs.path(a.mirror.result.digest))
+
+
+@every_method
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_what_is_cut_from_a_mirror_is_what_would_have_been_sent(desk, name, version):
+    on = desk(name, version=version, evaluation={"every_rounds": 1})
+    plain, mirrored = on.issue(ranks_of(name)), on.issue(ranks_of(name), NONE)
+    for device, a in mirrored.items():
+        b = plain[device]
+        if a.mirror is None:
+            assert name in ("flora", "flasc"), "nothing travels, or some of it on purpose"
+            assert a == b
+            continue
+        assert dataclasses.replace(
+            a, mirror=None, slice=b.slice, global_adapter=b.global_adapter
+        ) == b, "all else is as it was"  # fmt: skip
+        for want, got in ((on.read(*b.slice), cut(on, a, slice_of)),
+                          (on.read(*b.global_adapter), cut(on, a, whole_of))):  # fmt: skip
+            for module, parts in want.items():
+                for part, values in parts.items():
+                    np.testing.assert_allclose(got[module][part], values, rtol=1e-6)
+
+
+def test_no_row_travels_twice_in_a_round_that_measures_the_whole_adapter(desk):
+    wire = {"slice": "bfloat16", "global_adapter": "int8"}
+    on = desk("fslora", wire=wire, evaluation={"every_rounds": 1})
+    sizes = {}
+    for mirrors in (None, NONE):
+        given = on.issue(KS, mirrors)
+        sizes[mirrors is None] = {d: sum(b.size_bytes for b in a.blobs) for d, a in given.items()}
+    assert all(sizes[False][d] < sizes[True][d] for d in DEVICES)
+    a = given["b"]
+    assert [(f.rows, f.blob.payload.rank) for f in a.mirror.files] == 2 * [
+        ("slice", 5),
+        ("rest", 3),
+    ]
+
+
+def issued(on, round_, mirrors, **options):
+    """A round as the database has it."""
+    given = on.issue(round_=round_, mirrors=mirrors, **options)
+    planned = [(a, {}) for a in given.values()]
+    on.records.open_round("run", round_, False, 0.0, 1.0, planned)
+    return given
+
+
+def test_a_device_may_name_the_mirror_of_its_newest_assignment_and_no_other(desk):
+    on = desk("fslora", version=1)
+    first = issued(on, 1, NONE, ranks=KS)
+    held = {d: a.mirror.result.digest for d, a in first.items()}
+    assert len(set(held.values())) == 3, "they hold other rows"
+    on.records.publish_round("run", 1, on.written(2, 0), [], {}, 2.0)
+    second = issued(on, 2, held, ranks=KS)
+    assert {d: a.mirror.base.digest for d, a in second.items()} == held
+    claims = {"a": held["b"], "b": "f" * 64, "c": "../../etc"}
+    third = on.issue(round_=3, mirrors=claims, ranks=KS)
+    assert all(a.mirror.base is None for a in third.values())
+    missed = on.issue(round_=3, mirrors={**held, "a": second["a"].mirror.result.digest}, ranks=KS)
+    assert missed["a"].mirror.base == second["a"].mirror.result
+    assert missed["b"].mirror.base is None, "it may still be about to take the last step"
+
+
+def test_of_mirrors_the_newest_of_each_device_is_kept(desk):
+    on = desk("fslora", version=1, wire={"slice": "bfloat16"})
+    mirrors, made = NONE, []
+    for round_ in range(1, 7):
+        given = issued(on, round_, mirrors, ranks=KS)
+        on.records.publish_round("run", round_, on.written(round_ + 1, 0), [], {}, 2.0)
+        mirrors = {d: a.mirror.result.digest for d, a in given.items()}
+        made += mirrors.values()
+        on.issuer.forget(round_)
+        kept = {digest for digest in made if on.blobs.holds(digest)}
+        assert kept == set(mirrors.values())
+
+
+def test_devices_that_hold_the_same_are_sent_the_same(desk):
+    on = desk("fedit", version=1)
+    a, b, c = issued(on, 1, {"a": "", "b": ""}).values()
+    assert a.mirror == b.mirror and c.mirror is None and c.slice
+    off = desk("fedit", version=1, wire={"delta": False})
+    assert all(a.mirror is None for a in off.issue(mirrors=NONE).values())

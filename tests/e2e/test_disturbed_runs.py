@@ -124,3 +124,24 @@ def test_a_trainer_killed_in_mid_training_is_started_again_by_its_agent(
         (crash,) = events(fleet.log("lab"), "the trainer died, trying once more")
     assert "want of memory" in crash["event"]
     assert_same_bits(got, first_run, fleet)
+
+
+def test_an_agent_that_is_killed_and_loses_its_mirror_gets_the_same_one_whole(
+    yard: Yard, first_run: Outcome, plans: Path
+) -> None:
+    (task,) = (a.assignment for a in first_run.assignments
+               if a.assignment.assignment_id == "yard.1.lab")  # fmt: skip
+    assert task.mirror is not None and task.mirror.base is not None
+    result = task.mirror.result
+    with yard.replaying("mirror-lost", plans) as fleet:
+        held = fleet.folder / "lab" / "state" / "mirror"
+        yard.await_(fleet, (held / result.digest).is_file, "lab to take the step of round 1")
+        fleet.kill("lab")
+        for path in held.iterdir():
+            path.unlink()
+        fleet.start_agent(yard.device("lab"))
+        got = yard.finish(fleet)
+    (report,) = (a.report for a in got.assignments
+                 if a.assignment.assignment_id == "yard.1.lab")  # fmt: skip
+    assert report is not None and report.fetched_bytes == result.size_bytes
+    assert_same_bits(got, first_run, fleet)

@@ -234,19 +234,24 @@ def test_a_method_of_each_build_trains_and_exports(
     match name:
         case "flora":
             assert first.side is None and second.side is not None
-            assert [b.payload.parts for b in second.slice] == [("dense",)] and second.fresh
+            assert second.mirror is not None and second.fresh
+            assert second.mirror.result.payload.parts == ("dense",)
             assert second.side.payload.rank == RANK + FEW and roles == {"adapter", "side"}
         case "rolora":
             assert (first.trained, second.trained) == (("up",), ("down",))
-            assert first.slice[1] == second.slice[1], "down rested in round 0"
-            assert fetched.fetched_bytes == second.slice[0].size_bytes
+            assert second.mirror is not None
+            (up,) = second.mirror.files  # down rested in round 0
+            assert up.blob.payload.parts == ("up",)
+            assert fetched.fetched_bytes == up.blob.size_bytes
             assert roles == {"adapter", "moment.first"}
         case "fedsa-lora":
             assert first.personal == ("up",) and second.keeps_state
             assert first.update.parts == ("down",)
         case "fed-sb":
             assert (first.update.parts, second.update.parts) == (("up", "down"), ("core",))
-            assert given[ROUNDS, "desk"].global_adapter[0] == second.slice[0], "bases rest"
+            last = given[ROUNDS, "desk"].mirror
+            assert last is not None
+            assert {f.blob.payload.parts for f in last.files} == {("core",)}, "bases rest"
         case "flasc":
             assert second.slice[0].payload.density == second.update.density == 0.25
 

@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from edge_agent.agent import Agent, AgentError
@@ -44,6 +45,7 @@ from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
 from protos.status import status_of
 from protos.transfer import crc32
+from tests.coordinator.test_downlink import Ends, first_model, moved
 
 HALF = Payload(2, "float32", ("down",))
 SPEC = AdapterSpec(
@@ -91,6 +93,7 @@ class Coordinator(
         self.blobs = {digest_of(data): data for data in (UP, DOWN, SIDE)}
         self.fetched, self.pushed, self.reports, self.profiles = [], [], [], []
         self.progress = []  # what heartbeats told
+        self.mirrors = []  # what polls said is held
         self.refuse = None  # the reason for which updates are turned down
 
     async def Enroll(self, request, context):
@@ -99,6 +102,7 @@ class Coordinator(
     async def NextTask(self, request, context):
         if request.HasField("profile"):
             self.profiles.append(from_message(request.profile, DeviceProfile))
+        self.mirrors.append(request.mirror if request.HasField("mirror") else None)
         if request.working_on:
             self.progress.append(from_message(request.progress, Progress))
             return pb.NextTaskResponse(kind=pb.NextTaskResponse.KIND_WAIT)
@@ -131,17 +135,17 @@ class Coordinator(
             data = whole[offset : offset + 100_000]
             yield pb.FetchResponse(offset=offset, data=data, crc32=crc32(data))
 
-    async def BeginPush(self, request, context):
+    async def Push(self, request_iterator, context):
         if self.refuse is not None:
             await context.abort_with_status(status_of(self.refuse, "not wanted"))
-        return pb.BeginPushResponse(upload_id="u", durable_bytes=0, chunk_bytes=1 << 17)
-
-    async def PutChunk(self, request, context):
-        self.pushed.append(request.data)
-        return pb.PutChunkResponse(durable_bytes=request.offset + len(request.data))
-
-    async def CommitPush(self, request, context):
-        return pb.CommitPushResponse(receipt="r", outcome="accepted")
+        async for request in request_iterator:
+            if request.HasField("update"):
+                yield pb.PushResponse(chunk_bytes=1 << 17)
+                continue
+            self.pushed.append(request.data)
+            if request.acknowledge:
+                yield pb.PushResponse(durable_bytes=request.offset + len(request.data))
+        yield pb.PushResponse(receipt="r", outcome="accepted")
 
 
 class Trainer:
@@ -318,6 +322,68 @@ async def test_a_kept_blob_that_was_damaged_is_fetched_again(live, state, caplog
     assert coordinator.fetched == [(digest_of(UP), 0)] and trainer.blobs == [[UP]]
     assert coordinator.reports[0].fetched_bytes == len(UP)
     assert "is damaged and is fetched again" in caplog.text
+
+
+# --- mirrors ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """Two assignments whose adapters come as steps of a mirror, and the blobs they name."""
+    ends, rng = Ends(tmp_path / "ends", spec=SPEC), np.random.default_rng(1)
+    model, tasks = first_model(SPEC), []
+    for round_ in range(2):
+        model = moved(model, rng, 0.01)
+        tasks.append(ends.sent(model, assign(round_)))
+    paths = [p for p in (tmp_path / "ends" / "blobs").glob("??/*") if len(p.name) == 64]
+    return tasks, {p.name: p.read_bytes() for p in paths}
+
+
+def files(task):
+    return [(file.blob.digest, 0) for file in task.mirror.files]
+
+
+async def test_the_mirror_goes_on_from_life_to_life_and_is_named_at_every_poll(live, state, steps):
+    (first, second), blobs = steps
+    before, after = Coordinator(first, second), Coordinator(second)
+    before.blobs |= blobs
+    after.blobs |= blobs
+    await live(before, prepare=die_at(1))
+    held = [first.mirror.result.digest, second.mirror.result.digest]
+    assert before.mirrors == ["", held[0]]
+    assert before.fetched == files(first) + files(second)
+    trainer = await live(after)
+    assert after.mirrors == [held[1], held[1]] and after.fetched == [], "the step was taken"
+    assert trainer.jobs[0]["mirror_path"] == str(state / "mirror" / held[1])
+    assert names(state / "mirror") == [], "nothing is kept of a run that is over"
+
+
+@pytest.mark.parametrize("loss", ["gone", "rotten"])
+async def test_a_device_that_lost_its_mirror_has_the_same_one_in_the_end(
+    live, state, steps, loss, caplog
+):
+    (first, second), blobs = steps
+    before, after = Coordinator(first), Coordinator(second)
+    before.blobs |= blobs
+    after.blobs |= blobs
+    await live(before, prepare=die_at(0))
+    path = state / "mirror" / first.mirror.result.digest
+    if loss == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-2] + b"??")
+    ended = []
+
+    class Looking(Trainer):
+        async def run(self, job, progress=None):
+            ended.append(digest_of(Path(job["mirror_path"]).read_bytes()))
+            return await super().run(job, progress)
+
+    await live(after, Looking())
+    assert ended == [second.mirror.result.digest]
+    whole = [(second.mirror.result.digest, 0)]
+    assert after.fetched == (whole if loss == "gone" else files(second) + whole)
+    assert ("mirror fetched whole" in caplog.text) == (loss == "rotten")
 
 
 # --- homes --------------------------------------------------------------------------------------
@@ -632,3 +698,53 @@ async def test_a_push_is_timed_between_its_acknowledgements(live):
     (transfer,) = heard
     assert transfer.direction == "up" and 0 < transfer.size_bytes < 512_000
     assert sum(map(len, coordinator.pushed)) == 512_000
+
+
+async def test_a_report_tells_how_long_there_was_no_work_and_what_a_break_cost(live):
+    class Breaking(Coordinator):
+        async def NextTask(self, request, context):
+            if self.tasks and not request.working_on:
+                await asyncio.sleep(0.3)
+            return await super().NextTask(request, context)
+
+        async def Fetch(self, request, context):
+            first = not self.fetched
+            async for chunk in super().Fetch(request, context):
+                if first and chunk.offset:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+                yield chunk
+
+    def sent_twice(agent):
+        real = agent.link.fetch
+
+        async def fetch(blob, folder):
+            agent.link.resent_bytes += 7
+            return await real(blob, folder)
+
+        agent.link.fetch = fetch
+
+    coordinator = Breaking(assign(slice=(ref(SIDE),)), assign(1, slice=(ref(SIDE),)))
+    await live(coordinator, prepare=sent_twice)
+    first, second = coordinator.reports
+    assert 0.25 < first.wait_s < 5 and 0.25 < second.wait_s < 5
+    assert first.resumes == 1 and first.resent_bytes >= 7
+    assert second.resumes == 0 and second.resent_bytes == 7, "of its own round alone"
+
+
+async def test_time_away_is_no_wait(live, monkeypatch):
+    from edge_agent import agent as module
+
+    monkeypatch.setattr(module, "AWAY_S", 0.5)
+    monkeypatch.setitem(CALM_S, Cause.BATTERY, 0)
+
+    class Unplugged:
+        looks = 0
+
+        def read(self, waiting):
+            self.looks += 1
+            return Readings(on_battery=self.looks == 1)
+
+    coordinator = Coordinator(assign())
+    await live(coordinator, prepare=lambda agent: setattr(agent, "activity", Unplugged()))
+    (report,) = coordinator.reports
+    assert report.wait_s < 0.4

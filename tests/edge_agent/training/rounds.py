@@ -26,7 +26,7 @@ from protos.contract import (
 )
 from protos.layout import Parts
 from protos.packing import pack
-from protos.unpacking import unpack
+from protos.unpacking import open_update
 
 K = 2
 NORM = ModuleShape("model.norm.weight", 1, 64)
@@ -194,8 +194,8 @@ class Device:
         if not task.trains:
             return report, {}
         sent = from_plain(Assignment, job["assignment"])
-        packed = self.update.read_bytes()
-        return report, unpack(packed, spec, sent.update, assignment_digest=sent.digest)
+        reader = open_update(self.update, spec, sent)
+        return report, {name: reader.module(name) for name in reader.names}
 
 
 def run(job: Mapping[str, Any], bench: Workbench) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from protos.contract import (
     Objective,
     Payload,
     Pruning,
+    UpdateBudget,
     from_plain,
     to_plain,
 )
@@ -63,6 +64,21 @@ def test_only_the_parts_asked_for_are_sent(device: Device, spec: AdapterSpec) ->
     task = make_assignment(trained=("up",), update=Payload(K, "float32", ("up",)))
     _, sent = device.round(spec, task, make_adapter(spec, K))
     assert parts_of(sent) == ("up",)
+
+
+def test_a_byte_budget_is_kept_and_the_report_tells_what_was_chosen(
+    device: Device, spec: AdapterSpec
+) -> None:
+    budget = UpdateBudget(700, ("int8", "int4", "int2", "sign"), sparse=True)
+    task = make_assignment(update=Payload(K, "int8"), budget=budget, error_feedback=True)
+    report, sent = device.round(spec, task, make_adapter(spec, K))
+    assert device.update.stat().st_size <= 700
+    assert report.sent is not None and report.sent.encoding in budget.encodings
+    assert 0 < report.update_error < 1
+    assert {curve.encoding for curve in report.error_curves} == set(budget.encodings)
+    moved = [v for parts in sent.values() for v in parts.values()]
+    assert any(v.any() for v in moved)
+    assert device.home.exists(), "what was left out stays for the next round"
 
 
 def test_parts_may_come_in_files_of_their_own(device: Device, spec: AdapterSpec) -> None:
