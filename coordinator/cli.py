@@ -174,6 +174,7 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from coordinator.phases import PHASE_COLUMNS, phase_table
     from coordinator.report import (
         DEVICE_COLUMNS,
         ERROR_COLUMNS,
@@ -190,6 +191,9 @@ def _report(args: argparse.Namespace) -> int:
         print(json.dumps(report.plain(), indent=2))
         return 0
     _table(DEVICE_COLUMNS, device_table(report))
+    if report.phases:
+        print("\nSeconds by phase, bytes, and what the link gave of what the device estimates it:")
+        _table(PHASE_COLUMNS, phase_table(report.phases))
     if errors := error_table(report):
         print("\nAggregation error of the last round, against the mean of the devices' products:")
         _table(ERROR_COLUMNS, errors)
@@ -248,6 +252,9 @@ def _plan(args: argparse.Namespace) -> int:
     print(words.headline(found), end="\n\n")
     if found.devices:
         _table(words.GROUP_COLUMNS, words.group_table(found))
+        if budgets := words.budget_table(found):
+            print()
+            _table(words.BUDGET_COLUMNS, budgets)
         print("\n".join(["", *words.round_lines(found), ""]))
         _table(words.DAY_COLUMNS, words.day_table(found))
         print("\n".join([*words.allowance_lines(found), "", "What binds:",

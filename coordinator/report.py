@@ -19,6 +19,7 @@ from coordinator.fairness import (
     spearman,
     summarise,
 )
+from coordinator.phases import DevicePhases, DeviceTime, device_phases, device_times
 from coordinator.store.records import AssignmentRecord, Records, RunRecord
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
@@ -55,6 +56,8 @@ class RunReport:
     curve: tuple[CurvePoint, ...]
     rounds: tuple[dict[str, Any], ...]
     links: dict[str, str]
+    times: tuple[DeviceTime, ...]  # by round and device
+    phases: tuple[DevicePhases, ...]  # by device
 
     def plain(self) -> dict[str, Any]:
         """JSON values."""
@@ -71,6 +74,8 @@ class RunReport:
             "spearman_ratio_and_gain": self.ratio_against_gain,
             "curve": [dataclasses.asdict(p) for p in self.curve],
             "rounds": list(self.rounds),
+            "phases": [p.plain() for p in self.phases],
+            "timeline": [dataclasses.asdict(t) for t in self.times],
         }
 
 
@@ -89,6 +94,7 @@ def build_report(records: Records, run_id: str) -> RunReport:
     dense = (spec.rank * spec.parameters_per_rank + whole) * DENSE_BYTES_PER_VALUE
     trained = sum(1 for r in history if r.phase == "merged" and not r.evaluate_only)
     opened = sum(1 for r in history if not r.evaluate_only)
+    times = device_times(given, history)
     facts = [_fact(a, profiles, shares, spec.rank, dense) for a in given]
     rows = ledger(facts, opened)
     weights = {a.assignment.device_id: float(a.report.train_examples)
@@ -112,6 +118,7 @@ def build_report(records: Records, run_id: str) -> RunReport:
                 "round": r.round,
                 "phase": r.phase,
                 "evaluate_only": r.evaluate_only,
+                "opened_at": r.opened_at,
                 "seconds": None if r.closed_at is None else r.closed_at - r.opened_at,
                 "late": r.detail.get("late", []),
                 "aggregation_error": r.detail.get("aggregation_error"),
@@ -122,6 +129,8 @@ def build_report(records: Records, run_id: str) -> RunReport:
             for r in history
         ),
         links={d: _link(p) for d, p in profiles.items()},
+        times=times,
+        phases=device_phases(times, profiles),
     )
 
 

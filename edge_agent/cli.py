@@ -1,4 +1,4 @@
-"""sketchfleet-agent: run, probe, doctor, status, export, generate.
+"""sketchfleet-agent: run, probe, record, doctor, status, export, generate.
 
 Imports nothing heavy until it is needed.
 """
@@ -43,6 +43,19 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--tokens", type=int, default=512, help="per sequence")
             command.add_argument("--micro-batch", type=int, default=1, help="sequences per step")
             command.add_argument("--rank", type=int, default=8, help="of the adapter")
+    record = commands.add_parser(
+        "record",
+        help="write down what the link to the coordinator is like over time",
+        description="Writes a trace of the link (CSV) that trials play back (docs/trials.md). "
+        "Measuring the rate fills the link for some seconds each time.",
+    )
+    record.add_argument("--config", type=Path, default=Path("agent.toml"), metavar="FILE")
+    record.add_argument("--out", type=Path, required=True, metavar="CSV")
+    record.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
+    record.add_argument(
+        "--every", type=float, default=30.0, metavar="S",
+        help="seconds between two measurements of the rate (default: 30)",
+    )  # fmt: skip
     export = commands.add_parser(
         "export",
         help="write this device's own adapter as a PEFT folder",
@@ -65,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int({
             "run": _run, "probe": _probe, "doctor": _doctor, "status": _status,
+            "record": _record,
             "export": _export, "generate": _generate,
         }[args.command](args))  # fmt: skip
     except SketchfleetError as error:
@@ -123,6 +137,29 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         print(render(findings))
     return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def _record(args: argparse.Namespace) -> int:
+    from edge_agent.config import load_agent_config
+    from edge_agent.recorder import RecordError, record
+    from profiles.trace import LinkState
+
+    config = load_agent_config(args.config)
+    if not (args.minutes > 0 and args.every > 0):
+        raise RecordError("--minutes and --every must be above 0")
+    if not args.out.resolve().parent.is_dir():
+        raise RecordError(f"{args.out.resolve().parent} is not there; choose another --out")
+
+    def told(at_s: float, now: LinkState) -> None:
+        rates = (f"{now.up_bps / 1e6:.3g} up, {now.down_bps / 1e6:.3g} down Mbit/s"
+                 if now.up_bps else "outage")  # fmt: skip
+        print(f"{at_s:7.0f} s  {rates}, {2e3 * now.delay_s:.0f} ms round trip", flush=True)
+
+    found = asyncio.run(record(config, args.out, 60 * args.minutes, args.every, told))
+    print(
+        f"{args.out}: {len(found.times)} states; measuring moved {found.moved_bytes / 1e6:.1f} MB"
+    )
+    return 0
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -99,3 +99,24 @@ def read_trace(path: Path) -> Callable[[float], LinkState]:
                 raise TraceError(f"{path}, line {rows.line_num}: {error}") from error
             times.append(t)
     return replayed(times, states)
+
+
+def write_trace(
+    path: Path, times: Sequence[float], states: Sequence[LinkState], ends_s: float | None = None
+) -> None:
+    """Writes a recording as `read_trace` reads it; `ends_s`: when its last state ended.
+
+    Raises `TraceError`, `OSError`.
+    """
+    replayed(times, states)
+    rows = list(zip(times, states, strict=True))
+    if ends_s is not None and ends_s > times[-1]:
+        # A last state lasts as long as the one before it: one that is written in two halves ends
+        # when it should.
+        rows.append(((times[-1] + ends_s) / 2, states[-1]))
+    with path.open("w", newline="") as stream:
+        out = csv.writer(stream, lineterminator="\n")
+        out.writerow(COLUMNS)
+        for t_s, state in rows:
+            out.writerow((f"{t_s:.3f}", f"{state.up_bps:.0f}", f"{state.down_bps:.0f}",
+                          f"{2 * state.delay_s:.6g}", f"{state.loss:.6g}"))  # fmt: skip

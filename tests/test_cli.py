@@ -28,9 +28,12 @@ HELPS = [
     ("coordinator.cli",),
     *(("coordinator.cli", c) for c in ("serve", "devices", "runs", "report", "export", "plan")),
     ("edge_agent.cli",),
-    *(("edge_agent.cli", c) for c in ("run", "probe", "doctor", "status", "export", "generate")),
+    *(
+        ("edge_agent.cli", c)
+        for c in ("run", "probe", "doctor", "status", "record", "export", "generate")
+    ),
     ("trials.cli",),
-    *(("trials.cli", c) for c in ("demo", "compare", "capped")),
+    *(("trials.cli", c) for c in ("run", "plot", "demo", "compare", "capped")),
 ]
 LLAMA = {
     "model_type": "llama",

@@ -1,4 +1,4 @@
-"""sketchfleet-trial: demo, compare, capped. Imports nothing heavy until it runs."""
+"""sketchfleet-trial: run, plot, demo, compare, capped. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from profiles.errors import SketchfleetError
+from profiles.errors import MissingExtraError, SketchfleetError
 
 OWN_DATA = "let a device train on a folder of yours, for example laptop=~/src (repeatable)"
 
@@ -17,6 +17,22 @@ def main(argv: list[str] | None = None) -> int:
         prog="sketchfleet-trial", description="Runs whole fleets on this machine."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="a fleet under links and caps as fleet.toml describes it (docs/trials.md)"
+    )
+    run.add_argument("fleet", type=Path, metavar="fleet.toml")
+    run.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+                     help="for everything that is found; must not be there yet")  # fmt: skip
+    run.add_argument(
+        "--remote", action="store_true",
+        help="start no agents: wait for the named devices on their own machines",
+    )  # fmt: skip
+    plot = commands.add_parser(
+        "plot", help="a trial's report made anew, or several trials in one table and picture"
+    )
+    plot.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    plot.add_argument("--out", type=Path, metavar="FOLDER",
+                      help="of a comparison (default: trials-compared)")  # fmt: skip
     demo = commands.add_parser(
         "demo", help="a coordinator and four agents on loopback, each with its own code and link"
     )
@@ -41,6 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         )
     args = parser.parse_args(argv)
     try:
+        if args.command == "run":
+            from trials.run import run_trial
+
+            return run_trial(args.fleet, args.out, args.remote)
+        if args.command == "plot":
+            from trials.trial_report import plot as plot_trials
+
+            print(plot_trials(args.folders, args.out))
+            return 0
         if args.command == "demo":
             from trials.demo import demo as run_demo
 
@@ -55,6 +80,11 @@ def main(argv: list[str] | None = None) -> int:
         return run_compare(args.out, methods, args.rounds, args.data)
     except SketchfleetError as error:
         print(f"sketchfleet-trial: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "pyarrow", "rich", "sqlalchemy"):
+            raise
+        print(f"sketchfleet-trial: {MissingExtraError(str(error.name), 'trial')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

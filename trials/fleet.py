@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
 from trials.caps import KernelCap
+from trials.emulation import EmulatedLink
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -45,6 +46,8 @@ class DeviceSetup:
     down: str = ""
     delay_ms: float = 0.0
     cap: KernelCap | None = None  # what the kernel lets the agent and its trainer have
+    network: EmulatedLink | None = None  # instead of `up`, `down` and `delay_ms`
+    agent: Sections = field(default_factory=dict)  # further sections of agent.toml
 
 
 def free_port() -> int:
@@ -54,16 +57,42 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def await_listening(
+    place: tuple[str, int], check: Callable[[], None], log: Path, patience_s: float = 30.0
+) -> None:
+    """Waits until a coordinator listens. Raises `FleetError`, and what `check` raises."""
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        check()
+        with contextlib.suppress(OSError), socket.create_connection(place, timeout=0.2):
+            return
+        time.sleep(0.1)
+    raise FleetError(f"the coordinator did not listen within {patience_s:.0f} s; see {log}")
+
+
 def write_toml(path: Path, sections: Sections) -> None:
-    """Writes sections of plain values; JSON literals are TOML ones for what is used here."""
+    """Writes sections of plain values."""
+    path.write_text(toml_text(sections))
+
+
+def toml_text(sections: Sections) -> str:
+    """Sections of plain values as TOML."""
     lines = []
     for name, section in sections.items():
         lines.append(f"[{name}]")
-        lines += [
-            f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None
-        ]
+        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
         lines.append("")
-    path.write_text("\n".join(lines))
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """JSON literals are TOML ones for plain values; tables are written inline."""
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{key} = {_toml(v)}" for key, v in value.items() if v is not None)
+        return f"{{ {inside} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)
 
 
 @dataclass
@@ -111,20 +140,26 @@ class LocalFleet:
 
     def start_agent(self, device: DeviceSetup) -> None:
         """Starts an agent, behind its own relay when its link is shaped."""
-        port = self._relay(device) if device.up or device.down else self.port
+        if device.network is not None:
+            address = device.network.address
+        else:
+            port = self._relay(device) if device.up or device.down else self.port
+            address = f"127.0.0.1:{port}"
         folder = self.folder / device.name
         folder.mkdir(exist_ok=True)
-        write_toml(folder / "agent.toml", {
+        sections: dict[str, Mapping[str, Any]] = {
             "device": {"name": device.name, "board": device.board},
-            "coordinator": {"address": f"127.0.0.1:{port}",
-                            "token_file": str(self.state / "join-token")},
+            "coordinator": {"address": address, "token_file": str(self.state / "join-token")},
             "data": {"include": list(device.include), "exclude": list(device.exclude),
                      "languages": list(device.languages), "max_files": device.max_files},
             "limits": {"memory_mb": device.memory_mb, "threads": 1},
             "state": {"folder": "state"},
-        })  # fmt: skip
+        }  # fmt: skip
+        for name, section in device.agent.items():
+            sections[name] = {**sections.get(name, {}), **section}
+        write_toml(folder / "agent.toml", sections)
         self._start(device.name, "edge_agent.cli", "run", "--config", str(folder / "agent.toml"),
-                    cap=device.cap)  # fmt: skip
+                    cap=device.cap, network=device.network)  # fmt: skip
 
     def start(self) -> None:
         """Starts everything, the coordinator first."""
@@ -135,17 +170,11 @@ class LocalFleet:
 
     def await_token(self, patience_s: float = 30.0) -> None:
         """Waits until the coordinator listens. Raises `FleetError` with its last words."""
-        until = time.monotonic() + patience_s
-        while time.monotonic() < until:
+
+        def check() -> None:
             self.check("coordinator")
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", self.port), timeout=0.2),
-            ):
-                return
-            time.sleep(0.1)
-        raise FleetError(f"the coordinator did not listen within {patience_s:.0f} s; see "
-                         f"{self.log('coordinator')}")  # fmt: skip
+
+        await_listening(("127.0.0.1", self.port), check, self.log("coordinator"), patience_s)
 
     def await_finish(self, records: Records, patience_s: float) -> None:
         """Waits for the end of the run. Raises `FleetError` when a process fails or it drags on."""
@@ -219,8 +248,13 @@ class LocalFleet:
             time.sleep(0.05)
         raise FleetError(f"the link of {device.name} did not come up; see {self.log(name)}")
 
-    def _start(self, name: str, module: str, *arguments: str, cap: KernelCap | None = None) -> None:
+    def _start(
+        self, name: str, module: str, *arguments: str, cap: KernelCap | None = None,
+        network: EmulatedLink | None = None,
+    ) -> None:  # fmt: skip
         command = [sys.executable, "-m", module, *arguments]
+        if network is not None:
+            command = network.wrap(command)
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command if cap is None else cap.wrap(command),

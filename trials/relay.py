@@ -114,6 +114,11 @@ class Relay:
             self._server = None
         await self._drop_all()
 
+    def change(self, up_bps: float, down_bps: float, delay_s: float) -> None:
+        """Another link from now on; rates of 0: nothing passes, and connections stay."""
+        self._up.change(up_bps, delay_s)
+        self._down.change(down_bps, delay_s)
+
     async def cut(self) -> None:
         """Drops every connection, and every new one at once, until `restore`.
 
@@ -177,12 +182,23 @@ class _Lane:
     def __init__(self, rate_bps: float, delay_s: float) -> None:
         if not (rate_bps > 0 and delay_s >= 0):
             raise RateError(f"a link of {rate_bps} bit/s and {delay_s} s delay cannot exist")
+        self._is_open = asyncio.Event()
+        self._is_open.set()
         self._bytes_per_s = rate_bps / 8
         self._delay_s = delay_s
         burst_bytes = min(self._bytes_per_s * _BURST_S, _MAX_CHUNK_BYTES)
         self.chunk_bytes = max(_MIN_CHUNK_BYTES, int(burst_bytes))
         self.delivered_bytes = 0
         self._free_at_s = -math.inf  # when the last byte accepted so far will have left
+
+    def change(self, rate_bps: float, delay_s: float) -> None:
+        """What enters from now on; at a rate of 0 nothing does, and what was on its way arrives."""
+        self._delay_s = delay_s
+        if rate_bps > 0:
+            self._bytes_per_s = rate_bps / 8
+            self._is_open.set()
+        else:
+            self._is_open.clear()
 
     def limit_buffers(self, sock: socket.socket) -> None:
         """Keeps the kernel from swallowing what the link could not have carried yet."""
@@ -200,6 +216,7 @@ class _Lane:
     async def _enter(self, reader: asyncio.StreamReader, pipe: _Pipe) -> None:
         now = asyncio.get_running_loop().time
         while data := await reader.read(self.chunk_bytes):
+            await self._is_open.wait()
             # A bucket of _BURST_S worth: time the link stood idle counts, but no further back.
             self._free_at_s = max(self._free_at_s, now() - _BURST_S)
             self._free_at_s += len(data) / self._bytes_per_s

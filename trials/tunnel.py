@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from profiles.errors import SketchfleetError
 from profiles.trace import LinkState
+from trials.doorway import Doorway
 
 TUN = "/dev/net/tun"
 TUNSETIFF = 0x400454CA  # linux/if_tun.h
@@ -99,22 +100,25 @@ class DeviceNetwork:
     def __init__(
         self, name: str, number: int, port: int, state: Callable[[float], LinkState], seed: int = 0
     ) -> None:
-        if not 0 <= number < 2**14:
-            raise TunnelError(f"device {number} has no addresses left; use fewer than 16384")
         self.name, self._port, self._state = f"sketchfleet-{name}", port, state
-        first = (10 << 24) + (77 << 16) + 4 * number
-        self._near, self._far = (socket.inet_ntoa(struct.pack("!I", first + i)) for i in (1, 2))
+        self._near, self._far = link_addresses(number)
         self._devices = (f"sfn{number}", f"sff{number}")
         self._seed, self._stopping = seed, threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._pumping: threading.Thread | None = None
         self._lanes: list[_Lane] = []
-        self._listener: socket.socket | None = None
+        self._doorway: Doorway | None = None
         self._files: list[int] = []
+        self._began = time.monotonic()
 
     @property
     def address(self) -> str:
         """Host and port for the device's agent.toml."""
         return f"{self._near}:{self._port}"
+
+    @property
+    def now(self) -> LinkState:
+        """What the link is like at this moment."""
+        return self._state(time.monotonic() - self._began)
 
     @property
     def up(self) -> Counts:
@@ -143,12 +147,10 @@ class DeviceNetwork:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)  # wakes whoever waits in accept
-            self._listener.close()
-        for thread in self._threads:
-            thread.join(5)
+        if self._doorway is not None:
+            self._doorway.close()
+        if self._pumping is not None:
+            self._pumping.join(5)
         for file in self._files:
             os.close(file)
         self._files = []
@@ -156,33 +158,31 @@ class DeviceNetwork:
 
     def _make(self) -> None:
         subprocess.run(["ip", "netns", "delete", self.name], capture_output=True, check=False)
-        _ip("netns", "add", self.name)
+        run_ip("netns", "add", self.name)
         near, far = self._devices
         self._files = [_tun(far), _tun(near)]
-        _ip("link", "set", far, "netns", self.name)
+        run_ip("link", "set", far, "netns", self.name)
         inside = ("-n", self.name)
-        _ip(*inside, "link", "set", "lo", "up")
-        _ip(*inside, "addr", "add", f"{self._far}/30", "dev", far)
-        _ip(*inside, "link", "set", far, "mtu", str(MTU), "up")
-        _ip("addr", "add", f"{self._near}/30", "dev", near)
-        _ip("link", "set", near, "mtu", str(MTU), "up")
-        began = time.monotonic()
+        run_ip(*inside, "link", "set", "lo", "up")
+        run_ip(*inside, "addr", "add", f"{self._far}/30", "dev", far)
+        run_ip(*inside, "link", "set", far, "mtu", str(MTU), "up")
+        run_ip("addr", "add", f"{self._near}/30", "dev", near)
+        run_ip("link", "set", near, "mtu", str(MTU), "up")
+        self._began = time.monotonic()
 
         def up() -> tuple[float, float, float]:
-            now = self._state(time.monotonic() - began)
+            now = self.now
             return now.up_bps, now.delay_s, now.loss
 
         def down() -> tuple[float, float, float]:
-            now = self._state(time.monotonic() - began)
+            now = self.now
             return now.down_bps, now.delay_s, now.loss
 
         device, here = self._files
         self._lanes = [_Lane(here, up, 2 * self._seed), _Lane(device, down, 2 * self._seed + 1)]
-        self._listener = socket.create_server((self._near, self._port), backlog=128)
-        for work in (self._pump, self._accept):
-            thread = threading.Thread(target=work, name=f"{self.name}-{work.__name__}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._doorway = Doorway(self._near, self._port)
+        self._pumping = threading.Thread(target=self._pump, name=f"{self.name}-pump", daemon=True)
+        self._pumping.start()
 
     def _pump(self) -> None:
         """Moves packets until told to stop."""
@@ -199,22 +199,14 @@ class DeviceNetwork:
                     _drain(file, lane, now)
             due = [up.deliver(now), down.deliver(now)]
 
-    def _accept(self) -> None:
-        """Joins each connection from the device to the coordinator's port."""
-        assert self._listener is not None
-        while not self._stopping.is_set():
-            try:
-                caller, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            try:
-                callee = socket.create_connection(("127.0.0.1", self._port), timeout=5)
-            except OSError:
-                caller.close()  # as a host without that service would
-                continue
-            callee.settimeout(None)
-            for source, target in ((caller, callee), (callee, caller)):
-                threading.Thread(target=_copy, args=(source, target), daemon=True).start()
+
+def link_addresses(number: int) -> tuple[str, str]:
+    """(near, far): the two ends of link `number`, in a /30 of its own. Raises `TunnelError`."""
+    if not 0 <= number < 2**14:
+        raise TunnelError(f"device {number} has no addresses left; use fewer than 16384")
+    first = (10 << 24) + (77 << 16) + 4 * number
+    near, far = (socket.inet_ntoa(struct.pack("!I", first + i)) for i in (1, 2))
+    return near, far
 
 
 def unavailable() -> str | None:
@@ -251,16 +243,8 @@ def _drain(file: int, lane: _Lane, now: float) -> None:
         lane.take(packet, now)
 
 
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    """Moves bytes one way until either end closes; the close is passed on."""
-    with contextlib.suppress(OSError):  # a reset on one side ends the other as well
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
-
-
-def _ip(*words: str) -> None:
+def run_ip(*words: str) -> None:
+    """Runs `ip`. Raises `TunnelError` with what it said."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise TunnelError(f"`ip {' '.join(words)}` failed: {done.stderr.strip()}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.trace import LinkState, Outage, TraceError, read_trace, replayed, steady
+from profiles.trace import LinkState, Outage, TraceError, read_trace, replayed, steady, write_trace
 
 GOOD, BAD = LinkState(1e6, 4e6, 0.05), LinkState(2e5, 4e5, 0.2, 0.1)
 HEADER = "t_s,up_bps,down_bps,rtt_s,loss\n"
@@ -65,3 +65,17 @@ def test_a_bad_recording_is_refused_with_its_line(tmp_path, text, told):
 def test_an_outage_that_is_none_is_refused(every, lasts):
     with pytest.raises(TraceError, match="outage"):
         Outage(every, lasts)
+
+
+def test_what_is_written_is_read_again_and_ends_when_it_should(tmp_path):
+    path, gone = tmp_path / "train.csv", LinkState(0, 0, 0.05)
+    write_trace(path, [0, 10, 12.5], [GOOD, gone, BAD], ends_s=20)
+    link = read_trace(path)
+    assert [link(t) for t in (0, 11, 12.5, 19.9)] == [GOOD, gone, BAD, BAD]
+    assert link(20.1) == GOOD, "it begins again at its end"
+
+
+def test_a_recording_that_cannot_be_read_is_not_written(tmp_path):
+    with pytest.raises(TraceError, match="must rise"):
+        write_trace(tmp_path / "a.csv", [0, 0], [GOOD, BAD])
+    assert not (tmp_path / "a.csv").exists()
