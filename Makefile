@@ -4,7 +4,7 @@ VENV       := .venv
 PROTO_VENV := .venv-proto
 PROTOS     := $(shell find protos -name '*.proto')
 GENERATED  := $(foreach p,$(PROTOS:.proto=),$(p)_pb2.py $(p)_pb2.pyi $(p)_pb2_grpc.py)
-BENCHES    := $(filter-out __init__ _%,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHES    := $(filter-out __init__ _% flower,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PROTOC      := $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I .
@@ -41,7 +41,7 @@ lint-imports: $(VENV)/.ready
 lint-proto: $(VENV)/.ready proto-check
 	@$(VENV)/bin/python tools/proto_style.py $(PROTOS)
 
-bench: $(VENV)/.ready  ## every program in benchmarks/, quick settings
+bench: $(VENV)/.ready  ## every program in benchmarks/ but flower (root, index), quick settings
 	@$(if $(BENCHES),,echo "benchmarks/ holds no programs yet")
 	@set -e; for name in $(BENCHES); do \
 	  echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name --quick $(ARGS); done
@@ -58,7 +58,7 @@ proto-check: $(PROTO_VENV)/.ready
 	@PYTHONPATH=. $(PROTO_VENV)/bin/python tools/proto_floor.py
 
 clean:  ## remove environments, caches and outputs
-	@rm -rf $(VENV) $(PROTO_VENV) build dist demo-output compare-output
+	@rm -rf $(VENV) $(PROTO_VENV) .venv-flower build dist demo-output compare-output
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

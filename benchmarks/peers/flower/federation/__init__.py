@@ -1,0 +1,1 @@
+"""The Flower app that `benchmarks/flower.py` compares with."""
