@@ -335,8 +335,8 @@ def measure_link(size_bytes: int) -> dict[str, Any]:
         pushed, fetched = map(_ended, processes)
         up_bytes, down_bytes = joined[0].update.stat().st_size, joined[1].slice.size_bytes
     # Over as many seconds, so that plain TCP meets as many outages.
-    up_tcp_bps = bulk_tcp(emulation, WORST, pushed["push_s"]).up_bps
-    down_tcp_bps = bulk_tcp(emulation, WORST, fetched["fetch_s"]).down_bps
+    up_tcp_bps = bulk_tcp(emulation, [WORST], pushed["push_s"]).up_bps
+    down_tcp_bps = bulk_tcp(emulation, [WORST], fetched["fetch_s"]).down_bps
     up_bps, down_bps = 8 * up_bytes / pushed["push_s"], 8 * down_bytes / fetched["fetch_s"]
     return {
         "links": emulation.words, "up_bytes": up_bytes, "down_bytes": down_bytes,

@@ -93,6 +93,8 @@ class Intake:
         Repeating it is harmless, even while it goes on: a device whose connection broke asks again,
         and what it had asked for first is carried out once, whether anybody still listens or not.
         """
+        if upload_id not in self._growing and (receipt := self._accepted(device_id, upload_id)):
+            return receipt  # another stream of this device brought it to its end meanwhile
         record, upload = self._upload(device_id, upload_id)
         going_on = self._committing.get(upload_id)
         if going_on is None and record.update_digest is None:
@@ -152,6 +154,15 @@ class Intake:
         if found is None or found[0].assignment.device_id != device_id:
             raise RefusalError(Reason.UNKNOWN_UPLOAD, "no such upload; begin the push again")
         return found
+
+    def _accepted(self, device_id: str, upload_id: str) -> tuple[Assignment, str, bool] | None:
+        """What `commit` answers for an upload that is the update of its assignment already."""
+        if (upload := self._records.upload(upload_id)) is None:
+            return None
+        record = self.own(device_id, upload.assignment_id)
+        if record.update_digest != upload.digest:
+            return None
+        return record.assignment, upload.digest, False
 
     def _refuse_incomplete(self, upload: UploadRecord) -> None:
         if self._blobs.holds(upload.digest):

@@ -6,6 +6,7 @@ Chooses and says why; the three are `trials.netem`, `trials.tunnel` and `trials.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ Means = Literal["netem", "tun", "proxy"]
 LOOK_EVERY_S = 0.1  # at what a proxied link should be like now
 LEAST_BPS = 1.0  # a relay cannot be made for a link that begins with an outage
 INTERFACES = Path("/sys/class/net")
+LINKS = 2**14  # that have addresses
 WORDS: dict[Means, str] = {
     "netem": "network namespaces, shaped by the kernel (netem)",
     "tun": "network namespaces, shaped by a user-space relay between TUN devices",
@@ -90,7 +92,8 @@ def choose() -> Emulation:
 
 def free_number(taken: Sequence[int] = ()) -> int:
     """A link number that no namespace of this machine uses now. Raises `TunnelError`."""
-    for number in range(2**14):
+    first = 61 * os.getpid()  # two trials that look at the same time find others
+    for number in ((first + i) % LINKS for i in range(LINKS)):
         if number not in taken and not (INTERFACES / f"sfn{number}").exists():
             return number
     raise TunnelError("every link number is in use; end other trials on this machine")

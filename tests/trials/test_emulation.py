@@ -133,6 +133,7 @@ def test_a_kernel_without_netem_is_told_and_nothing_stays(monkeypatch):
 def test_numbers_of_links_that_are_up_are_not_given_again(monkeypatch, tmp_path):
     (tmp_path / "sfn0").mkdir()
     monkeypatch.setattr(emulation, "INTERFACES", tmp_path)
+    monkeypatch.setattr(emulation.os, "getpid", lambda: 0)
     assert free_number() == 1 and free_number([1, 2]) == 3
 
 
