@@ -56,11 +56,6 @@ class LocalWork:
         return (2 if self.local_steps else 0) + (1 if self.evaluates_global else 0)
 
     @property
-    def evaluation_tokens(self) -> int:
-        """Held-out tokens through forward."""
-        return self.evaluations * self.evaluation_sequences * self.sequence_tokens
-
-    @property
     def trained_parameters(self) -> int:
         """Values that an optimiser moves."""
         return self.rank * self.parameters_per_rank + self.dense_parameters
