@@ -6,10 +6,10 @@ all update bytes at the speed measured in the same run; beside it stands the rat
 the files once, which a merge cannot do without and which takes longer than a copy. The dense merge
 forms every device's product (m x n), sums, and for methods that truncate takes a full SVD; it is
 timed on one layer's distinct shapes and extrapolated. Each merge runs in a process of its own, so
-its peak memory is its own; the time is the better of two runs, less what measuring the aggregation
-error took, which has its own column. Updates lie in the temporary folder, and are synced before
-time counts. A memory file system without huge pages reads at less than half the speed of a page
-cache with large folios.
+its peak memory is its own; the time is the best of five runs that do not measure the aggregation
+error, whose cost (the best of two that do, less that) has its own column. Updates lie in the
+temporary folder, and are synced before time counts. A memory file system without huge pages reads
+at less than half the speed of a page cache with large folios.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 import coordinator.merge
 from coordinator.aggregation_error import measure
 from coordinator.lowrank import Bundle, stack
-from coordinator.merge import Merger, StoredUpdate
+from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.methods import METHODS, Method, MethodOptions, make
 from coordinator.server_optimizer import Plain
 from coordinator.state import StateFile, StateReader, write_initial
@@ -119,29 +119,24 @@ def run_merge(folder: str, name: str, layers: int, encoding: Encoding, out: Any)
     floor = sum(u.path.stat().st_size for u in updates)
     os.sync()  # or the merge would wait for the disk to take the updates
     read_s = min(read_seconds(updates) for _ in range(3))
-    error_s = 0.0
 
-    def timed(*facts: Any) -> Any:
-        nonlocal error_s
+    def seconds(meter: Any) -> tuple[float, MergeResult]:
+        vars(coordinator.merge)["measure"] = meter
         began = time.perf_counter()
-        found = measure(*facts)
-        error_s += time.perf_counter() - began
-        return found
-
-    vars(coordinator.merge)["measure"] = timed
-    reset_peak()
-    began_bytes = resident_bytes("VmRSS")
-    best = (np.inf, 0.0)
-    for _ in range(2):
-        began, error_s = time.perf_counter(), 0.0
         result = merger.merge(0, 1, reader, updates)
-        best = min(best, (time.perf_counter() - began - error_s, error_s))
+        took = time.perf_counter() - began
         for file in result.files.values():
             file.path.unlink()
+        return took, result
+
+    reset_peak()
+    began_bytes = resident_bytes("VmRSS")
+    best = min(seconds(lambda *_: None)[0] for _ in range(5))
+    measured = min((seconds(measure) for _ in range(2)), key=lambda run: run[0])
     peak = resident_bytes("VmHWM") - began_bytes
     out.send({
-        "seconds": best[0], "read_s": read_s, "error_s": best[1], "bytes": floor,
-        "peak_bytes": peak, "error": result.error, "exact": result.exact,
+        "seconds": best, "read_s": read_s, "error_s": max(0.0, measured[0] - best), "bytes": floor,
+        "peak_bytes": peak, "error": measured[1].error, "exact": measured[1].exact,
     })  # fmt: skip
 
 

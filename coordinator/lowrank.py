@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+# The public product puts its result into new memory; this adds in place.
+from scipy.sparse._sparsetools import csr_matvecs
+
 from profiles.errors import SketchfleetError
 from protos.sketch import keyed_stream
 
@@ -25,7 +28,6 @@ Matrix32 = NDArray[np.float32]
 Matrix64 = NDArray[np.float64]
 
 SCRATCH_BYTES = 1 << 19  # of values scaled at once, so that the passes over them meet in cache
-NARROW = 1024  # columns below which one indexed addition beats a loop over its rows
 GRAM_COLUMNS = 4096  # columns turned to float64 at once for Gram matrices, at most
 GRAM_SCRATCH = 1 << 20  # values turned to float64 at once: 8 MiB
 COLUMN_BLOCK = 256  # columns of the product held at once where Gram matrices would be larger
@@ -113,36 +115,32 @@ class ErrorEnergy:
     exact: bool
 
 
-def add_rows(total: Matrix32 | Matrix64, rows: Rows, *pieces: tuple[float, Matrix32]) -> None:
-    """Adds factor * values (k, w) to `rows` (k,) of `total` in place, for pieces (factor, values).
+def add_rows(
+    rows: Rows,
+    *pieces: tuple[Matrix32 | Matrix64, float | NDArray[np.float64], Matrix32 | Matrix64],
+) -> None:
+    """Adds factor * values (k, w) to `rows` (k,) of total (r, w), for (total, factor, values).
 
-    The pieces lie side by side in the columns of `total`: one addition takes a row of them all.
-    Rows are distinct and sorted. Every value is multiplied and then added in the precision of
-    `total`, so the bits do not depend on how rows lie.
+    factor: one, or (k,) of them. Rows are distinct and sorted; all totals have r rows. Done as
+    products with a sparse (r, k) matrix: one pass over the values, where NumPy would take two and
+    a call a row. Every value is multiplied and then added in the precision of its total, so the
+    bits do not depend on how rows lie.
     """
-    if not len(rows):
-        return
-    first, narrow = int(rows[0]), total.shape[1] < NARROW
-    together = int(rows[-1]) - first + 1 == len(rows)
-    for part, block in _scaled(pieces, total.dtype):
-        if together:
-            target = total[first + part.start : first + part.stop]
-            target += block
-        elif narrow:
-            total[rows[part]] += block
-        else:  # a gather and a scatter would each pass through memory once more
-            for row, start, stop in _runs(rows[part].tolist()):
-                target = total[row : row + stop - start]
-                target += block[start:stop]
+    k, r = len(rows), len(pieces[0][0])
+    stops = rows.searchsorted(np.arange(r + 1)).astype(np.int32)  # of the entries of each row
+    columns = np.arange(k, dtype=np.int32)
+    for total, factor, values in pieces:
+        flat = np.ascontiguousarray(values, total.dtype).reshape(-1)
+        entries = np.full(k, factor, total.dtype)
+        csr_matvecs(r, k, total.shape[1], stops, columns, entries, flat, _flat(total))
 
 
-def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first row, start, stop) of the stretches of `rows` that lie together."""
-    start = 0
-    for stop in range(1, len(rows) + 1):
-        if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
-            yield rows[start], start, stop
-            start = stop
+def _flat(total: Matrix32 | Matrix64) -> NDArray[Any]:
+    """A view (r * w,). Raises `LowRankError` where only a copy could be had: sums would be lost."""
+    flat = total.reshape(-1)
+    if flat.base is not total and flat.base is not total.base:
+        raise LowRankError("totals must lie in one piece; make them with np.zeros")
+    return flat
 
 
 def stack(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:

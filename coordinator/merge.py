@@ -1,14 +1,19 @@
 """Runs a method over the stored updates of a round, module by module.
 
 Memory is one module times the participants, and a bounded number of files is open, so a fleet may
-be larger than memory or the limit on open files. It knows packed files and assignments; it does not
+be larger than memory or the limit on open files. Where a method looks at one update at a time,
+every processor merges a module of its own. It knows packed files and assignments; it does not
 know who may take part (screening), what weights mean (`weights`), or where results are kept.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -144,9 +149,13 @@ class Merger:
         energies = np.zeros(len(ordered))
         coverage = np.zeros(spec.rank)
         meter = ErrorMeter()
-        for module in spec.modules:
+
+        def one(module: ModuleShape) -> _Merged:
             sent = readers.module(module.name)
-            found = self._module(round_, current, ordered, shares, sent, module)
+            return self._module(round_, current, ordered, shares, sent, module)
+
+        workers = len(os.sched_getaffinity(0)) if self.method.streams else 1
+        for module, found in zip(spec.modules, _ahead(one, spec.modules, workers), strict=True):
             writer.write(module.name, found.state)
             energies += np.square(shares) * found.energies
             coverage += found.coverage / len(spec.modules)
@@ -310,35 +319,37 @@ class _Readers:
 
     What is read of a module lies where the module before it lay: fresh memory would have to be
     paged in, which takes longer than reading. apart: every update has a place of its own; else
-    one takes the place of the other.
+    one takes the place of the other. Every thread has its own places.
     """
 
     def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate], *, apart: bool) -> None:
         self._spec, self._updates = spec, updates
         self._digests = [update.assignment.digest for update in updates]
         self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
-        self._slots = self._places(apart)
+        names = [module.name for module in spec.modules]
+        self._sizes = [max(map(reader.stored_bytes, names), default=0) for reader in self._open]
+        self._sizes += [0] * (len(updates) - len(self._sizes))
+        self._apart, self._own = apart, threading.local()
 
     def module(self, name: str) -> list[_Delta]:
-        """What each update says of a module; valid until the next one."""
+        """What each update says of a module; valid until this thread asks for the next one."""
+        if not hasattr(self._own, "slots"):
+            self._own.slots = self._places()
         found = []
         for i, update in enumerate(self._updates):
             task = update.assignment
             kinds = [part for part in task.update.parts if part != "dense"]
             kept = update.kept if 0 < update.kept < task.rank else 0
-            slot = self._slots[i]
+            slot = self._own.slots[i]
             slot.holder, slot.parts = None, {}
             found.append(_Delta(slot, partial(self._at, i), name, kinds, kept))
         return found
 
-    def _places(self, apart: bool) -> list[_Slot]:
+    def _places(self) -> list[_Slot]:
         """Memory for the largest module of each update, or of the largest."""
-        names = [module.name for module in self._spec.modules]
-        sizes = [max(map(reader.stored_bytes, names), default=0) for reader in self._open]
-        sizes += [0] * (len(self._updates) - len(sizes))
-        if not apart:
-            return [_Slot(np.empty(max(sizes, default=0), np.uint8).data)] * len(sizes)
-        return [_Slot(np.empty(size, np.uint8).data) for size in sizes]
+        if not self._apart:
+            return [_Slot(np.empty(max(self._sizes, default=0), np.uint8).data)] * len(self._sizes)
+        return [_Slot(np.empty(size, np.uint8).data) for size in self._sizes]
 
     def dense(self, i: int, name: str) -> tuple[Parts, float]:
         """What the i-th update says of a dense tensor, and its sum of squares."""
@@ -350,6 +361,24 @@ class _Readers:
     def _reader(self, i: int) -> PackedReader:
         update = self._updates[i]
         return open_update(update.path, self._spec, update.assignment, self._digests[i])
+
+
+def _ahead(
+    work: Callable[[ModuleShape], _Merged], modules: Sequence[ModuleShape], workers: int
+) -> Iterator[_Merged]:
+    """`map` in order by so many threads, each one module ahead of what was asked for."""
+    with ThreadPoolExecutor(workers, "merge") as pool:
+        due: deque[Future[_Merged]] = deque()
+        try:
+            for module in modules:
+                due.append(pool.submit(work, module))
+                if len(due) > workers:
+                    yield due.popleft().result()
+            while due:
+                yield due.popleft().result()
+        finally:
+            for left in due:
+                left.cancel()
 
 
 def _by_device(updates: Sequence[StoredUpdate], energies: NDArray[np.float64]) -> dict[str, float]:

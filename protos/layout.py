@@ -19,7 +19,7 @@ import dataclasses
 import math
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import get_args
 
 from protos.codecs import CODECS, Codec, PackingError, Values
@@ -106,6 +106,14 @@ class Layout:
     def table_bytes(self) -> int:
         """Bytes between header and blocks."""
         return 0 if self.fixed else 8 * self.count
+
+    @cached_property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """First byte and end of each module and tensor in a file of fixed size; empty of others."""
+        found = {
+            n: list(parts.values()) for n, parts in self.blocks.items() if parts and self.fixed
+        }
+        return {n: (b[0].offset, b[-1].offset + b[-1].whole_bytes) for n, b in found.items()}
 
 
 @lru_cache(maxsize=64)  # a merge opens the same layout once per module and participant

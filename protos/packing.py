@@ -56,7 +56,8 @@ class PackedWriter:
         self._layout, self._codec = layout_of(spec, payload), codec_of(payload.encoding)
         if self._layout.kept:
             raise WrongShapeError("a sparse file cannot be written by parts; use pack")
-        self._stream, self._seed, self._group = stream, seed, payload.group
+        self._stream, self._group = stream, payload.group
+        self._seed = seed if self._codec.scaled else None  # others round without noise
         self._due = [(name, part) for name, parts in self._layout.blocks.items() for part in parts]
         self._due.reverse()
         self._begin = stream.tell() if payload.compressed else 0

@@ -97,19 +97,13 @@ class PackedReader:
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that this module or tensor takes in a file of fixed size; else 0."""
-        start, stop = self._span(name)
+        start, stop = self._layout.spans.get(name, (0, 0))
         return stop - start
-
-    def _span(self, name: str) -> tuple[int, int]:
-        blocks = list(self._layout.blocks.get(name, {}).values())
-        if not blocks or not self._layout.fixed:
-            return 0, 0
-        return blocks[0].offset, blocks[-1].offset + blocks[-1].whole_bytes
 
     def _whole(self, name: str, into: memoryview | None) -> tuple[Parts, float]:
         """A module of a file of fixed size: it lies in one piece."""
         codec, blocks = self._codec, self._layout.blocks[name]
-        start, stop = self._span(name)
+        start, stop = self._layout.spans[name]
         data = self._source.read(start, stop, into)
         parts: Parts = {}
         if not codec.scaled:  # value by value: decoded and looked at in one go

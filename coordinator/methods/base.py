@@ -119,9 +119,12 @@ class ModuleState:
             raise MethodError(f"this module has no {part}; the method trains another part")
         return self.core
 
-    def moved(self, steps: Mapping[Part, NDArray[Any]]) -> ModuleState:
-        """With steps added, by part; sums of float64 steps are rounded once."""
-        new = {part: _added(self.values(part), step) for part, step in steps.items()}
+    def moved(self, steps: Mapping[Part, NDArray[Any]], *, reuse: bool = False) -> ModuleState:
+        """With steps added, by part; sums of float64 steps are rounded once.
+
+        reuse: the memory of float32 steps becomes that of the sums.
+        """
+        new = {part: _added(self.values(part), step, reuse) for part, step in steps.items()}
         adapter = Bundle(
             new.get("up", self.adapter.up), new.get("down", self.adapter.down), self.adapter.scale
         )
@@ -164,17 +167,19 @@ class ModuleUpdate:
         """The slice as the device ended with it, at its own scale."""
         return self.start.moved(self.delta)
 
-    def add_change(self, total: Matrix32 | Matrix64, factor: float, *parts: Part) -> None:
-        """Adds factor * delta to the rows of `total`, in place.
+    def add_change(self, totals: Mapping[Part, Matrix32 | Matrix64], factor: float) -> None:
+        """Adds factor * delta to its rows of the totals of every part that it holds, in place.
 
-        total: (r, m) of up, (r, n) of down, (r, m + n) of both side by side, or (r, r) of core.
+        totals: (r, m) of up, (r, n) of down, (r, r) of core.
         """
-        if parts == ("core",):  # the block of its rows and columns
-            change = factor * self.delta["core"].astype(np.float64)
-            total[np.ix_(self.rows, self.rows)] += change
-            return
-        lifted = {"up": factor * self.lift}
-        add_rows(total, self.rows, *((lifted.get(p, factor), self.delta[p]) for p in parts))
+        pieces = []
+        for part, delta in self.delta.items():
+            if part == "core":  # the block of its rows and columns
+                totals[part][np.ix_(self.rows, self.rows)] += factor * delta.astype(np.float64)
+            else:
+                pieces.append((totals[part], factor * (self.lift if part == "up" else 1), delta))
+        if pieces:
+            add_rows(self.rows, *pieces)
 
 
 class Method(ABC):
@@ -357,7 +362,7 @@ class RowMethod(Method):
             steps[part], kept = optimizer.step(proposed, current.moments.get(part, {}))
             if kept:
                 moments[part] = kept
-        return dataclasses.replace(current.moved(steps), moments=moments)
+        return dataclasses.replace(current.moved(steps, reuse=True), moments=moments)
 
     @abstractmethod
     def step(
@@ -415,9 +420,10 @@ def left_sum(values: NDArray[np.float64]) -> float:
     return total
 
 
-def _added(values: Matrix32, step: NDArray[Any]) -> Matrix32:
+def _added(values: Matrix32, step: NDArray[Any], reuse: bool) -> Matrix32:
     """The sum, rounded once, without a float64 copy of either."""
-    new = np.empty(values.shape, dtype=np.float32)
+    mine = reuse and step.dtype == np.float32
+    new = step if mine else np.empty(values.shape, dtype=np.float32)
     np.add(values, step, out=new, casting="same_kind")
     return new
 

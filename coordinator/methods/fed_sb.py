@@ -63,7 +63,7 @@ class FedSB(WholeMethod):
         total, cover = np.zeros(current.core.shape), np.zeros(current.core.shape)
         for update, share in zip(updates, shares, strict=True):
             if "core" in update.delta:  # else it is late and of another version
-                update.add_change(total, float(share), "core")
+                update.add_change({"core": total}, float(share))
             cover[np.ix_(update.rows, update.rows)] += share
         return current.moved({"core": total / np.where(cover > 0, cover, 1.0)})
 

@@ -52,8 +52,7 @@ class FLoRANA(WholeMethod):
             return current.moved(sum_of_changes(current, updates, shares))
         up, down = np.zeros(current.adapter.up.shape), np.zeros(current.adapter.down.shape)
         for adapter, u, v in zip(adapters, *found, strict=True):
-            add_rows(up, updates[0].rows, (float(u), adapter.up))
-            add_rows(down, updates[0].rows, (float(v), adapter.down))
+            add_rows(updates[0].rows, (up, float(u), adapter.up), (down, float(v), adapter.down))
         new = Bundle(up.astype(np.float32), down.astype(np.float32), current.adapter.scale)
         return ModuleState(new, current.side)
 

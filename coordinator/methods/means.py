@@ -7,12 +7,11 @@ added to it in place. It does not know products of factors (`products`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.lowrank import Bundle, Matrix32
+from coordinator.lowrank import Bundle, Matrix32, add_rows
 from coordinator.methods.base import ModuleState, ModuleUpdate, Shares, left_sum
 from protos.contract import Part
 
@@ -22,20 +21,11 @@ ORDER: tuple[Part, ...] = ("up", "down", "core")
 
 def sum_of_changes(current: ModuleState, updates: Sequence[ModuleUpdate], factors: Shares) -> Steps:
     """sum_i factor_i * delta_i at the global rows, for every part that a device sent."""
-    sent = [part for part in ORDER if any(part in update.delta for update in updates)]
-    widths = {part: current.values(part).shape[1] for part in sent}
+    sent = {part for update in updates for part in update.delta}
     # float32 twice over: a change is far smaller than the weight it is rounded into.
-    total = np.zeros((current.adapter.rank, sum(widths.values())), np.float32)
-    steps: Steps = {}
-    for part, end in zip(sent, accumulate(widths.values()), strict=True):
-        steps[part] = total[:, end - widths[part] : end]
+    steps: Steps = {p: np.zeros_like(current.values(p)) for p in ORDER if p in sent}
     for update, factor in zip(updates, factors, strict=True):
-        # One update after the other: it is in cache from having been read.
-        if "core" not in sent and len(update.delta) == len(sent):
-            update.add_change(total, float(factor), *sent)
-        else:
-            for part in update.delta:
-                update.add_change(steps[part], float(factor), part)
+        update.add_change(steps, float(factor))  # while it is in cache from having been read
     return steps
 
 
@@ -79,7 +69,7 @@ def mean_of_padded(current: ModuleState, updates: Sequence[ModuleUpdate], shares
     """
     steps = sum_of_changes(current, updates, shares)
     lacking = 1.0 - covered(current.adapter.rank, updates, shares)
-    for part, step in steps.items():
-        for row in np.flatnonzero(lacking):
-            step[row] -= lacking[row] * current.values(part)[row].astype(np.float64)
+    if lacking.any():
+        held = ((step, -lacking, current.values(part)) for part, step in steps.items())
+        add_rows(np.arange(len(lacking)), *held)
     return steps

@@ -121,16 +121,16 @@ def test_add_rows_has_the_same_bits_however_rows_lie(precision, width, rows, see
     expected = total.copy()
     expected[rows] += precision(0.137) * values.astype(precision)
     packed = total[rows]
-    add_rows(total, np.array(rows, dtype=np.int64), (0.137, values))
+    add_rows(np.array(rows, dtype=np.int64), (total, 0.137, values))
     np.testing.assert_array_equal(total, expected)
     assert total.dtype == precision
-    add_rows(packed, np.arange(len(rows)), (0.137, values))
+    add_rows(np.arange(len(rows)), (packed, 0.137, values))
     np.testing.assert_array_equal(packed, expected[rows])
 
 
 def test_add_rows_leaves_its_values_alone():
     values = np.ones((3, 5), np.float32)
-    add_rows(np.zeros((4, 5)), np.array([0, 1, 3]), (2.0, values))
+    add_rows(np.array([0, 1, 3]), (np.zeros((4, 5)), 2.0, values))
     assert np.all(values == 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tracemalloc
 from dataclasses import replace
 from functools import partial
@@ -694,8 +695,23 @@ def test_memory_is_that_of_one_module_however_many_there_are(tmp_path, name):
 
     small, large = peak(6), peak(24)
     assert large < 1.3 * small
-    one_module = 4 * RANK * (256 + 192)
-    assert large < 100 * one_module, f"{large / one_module:.0f} times a module"
+    at_once = 4 * RANK * (256 + 192) * len(os.sched_getaffinity(0))  # a module for each processor
+    assert large < 100 * at_once, f"{large / at_once:.0f} times what is merged at once"
+
+
+@pytest.mark.parametrize("name", ["fslora", "zero-padding", "ffa-lora"])
+def test_the_bits_do_not_depend_on_how_many_modules_merge_at_once(
+    tmp_path, bench, model, monkeypatch, name
+):
+    spec = make_spec(tuple(ModuleShape(f"m{i}", 40 + i, 24) for i in range(9)))
+    current = model(spec)
+    fleet = [store(tmp_path, spec, make_assignment(f"d{i}", rows="prefix"), seed=i)
+             for i in range(5)]  # fmt: skip
+    found = []
+    for processors in (1, 2, 7):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=processors: set(range(n)))
+        found.append(bytes_of(bench(spec, name).merge(current, fleet)))
+    assert found[0] == found[1] == found[2]
 
 
 def test_discounts_reach_the_mean(tmp_path, bench, model):
