@@ -7,6 +7,7 @@ the database. Both sides run one server process and one client process, in plain
 
 `of bare`: over a plain gRPC program that throws its messages away, at its best message size.
 `of files`: over the same program reading, writing and hashing files (`_bare_grpc`).
+All by turns, five times; ratios are medians of those of a turn (lowest and highest beside them).
 `--slow`: a fast client beside 200 slow ones. `--agent`: what an agent's network process holds.
 `--link`: over 1 Mbit/s, 300 ms, 2 % loss and outages, against plain TCP; needs root.
 """
@@ -205,8 +206,21 @@ def coordinator(case: Case) -> Iterator[tuple[LocalFleet, Path]]:
             yield fleet, folder
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """One case, ours beside the peer's two kinds."""
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """One case, ours and the peer's two kinds by turns; medians."""
+    found = [_once(case) for _ in range(repeats)]
+    ratios = {key: [f[key] for f in found] for key in found[0] if "_of_" in key}
+    return {
+        "clients": case.clients, "bytes_each": found[0]["bytes_each"],
+        "ours": {way: statistics.median(f["ours"][way] for f in found) for way in ("up", "down")},
+        **{key: statistics.median(values) for key, values in ratios.items()},
+        "ranges": {key: (min(values), max(values)) for key, values in ratios.items()},
+        "coordinator_growth_bytes": max(f["coordinator_growth_bytes"] for f in found),
+        "repeats": found,
+    }  # fmt: skip
+
+
+def _once(case: Case) -> dict[str, Any]:
     with coordinator(case) as (fleet, folder):
         ours, size, grown = asyncio.run(_ours(case, fleet, folder))
         files = sorted(folder.glob("device-*/update"))
@@ -217,7 +231,7 @@ def measure(case: Case) -> dict[str, Any]:
         bare = Speeds(max(k.up for k in kinds.values()), max(k.down for k in kinds.values()))
         filed = Speeds(*bare_rates(case.clients, size, 512 * 1024, files, folder))
     return {
-        "clients": case.clients, "bytes_each": size, "ours": asdict(ours),
+        "bytes_each": size, "ours": asdict(ours),
         "bare": {kind: asdict(speeds) for kind, speeds in kinds.items()}, "files": asdict(filed),
         "up_of_bare": ours.up / bare.up, "down_of_bare": ours.down / bare.down,
         "up_of_files": ours.up / filed.up, "down_of_files": ours.down / filed.down,
@@ -355,6 +369,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer clients and bytes")
+    parser.add_argument("--repeats", type=int, help="5, with --quick 1")
     for name in ("slow", "agent", "link"):
         parser.add_argument(f"--{name}", action="store_true", help="measure this instead")
     asked = parser.parse_args()
@@ -379,7 +394,8 @@ def main() -> None:
               f"{found['resent_share']:.2%}")  # fmt: skip
     else:
         cases = [Case(4, 4 * MIB)] if asked.quick else [Case(8, 20 * MIB), Case(100, 1 * MIB)]
-        results["cases"] = [_told(measure(case)) for case in cases]
+        repeats = asked.repeats or (1 if asked.quick else 5)
+        results["cases"] = [_told(measure(case, repeats)) for case in cases]
     print(json.dumps({"benchmark": "transfer", "results": results}))
 
 
@@ -387,8 +403,12 @@ def _told(found: dict[str, Any]) -> dict[str, Any]:
     print(f"{found['clients']} clients x {found['bytes_each'] / MIB:.1f} MiB, the coordinator grew "
           f"by {found['coordinator_growth_bytes'] / 1e6:.1f} MB")  # fmt: skip
     for way in ("up", "down"):
-        print(f"  {way:5} {found['ours'][way] / 1e6:6.0f} MB/s   {found[f'{way}_of_bare']:5.2f} of "
-              f"bare   {found[f'{way}_of_files']:5.2f} of files", flush=True)  # fmt: skip
+        of = {kind: (found[f"{way}_of_{kind}"], *found["ranges"][f"{way}_of_{kind}"])
+              for kind in ("bare", "files")}  # fmt: skip
+        print(f"  {way:5} {found['ours'][way] / 1e6:6.0f} MB/s   " + "   ".join(
+            f"{mid:5.2f} of {kind} ({low:.2f} to {high:.2f})"
+            for kind, (mid, low, high) in of.items()
+        ), flush=True)  # fmt: skip
     return found
 
 

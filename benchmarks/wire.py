@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from protos.packing import pack
 from protos.unpacking import unpack
 
 DENSITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
-GROUPS = (0, 64)
+GROUPS = (0, 64, 512)
 FLOOR = 1.02  # bytes over the floor, at most
 WORSE = 1.01  # loss over that of float32, at most
 FEWER = 30.0  # times fewer bytes than Flower's, at least
@@ -48,6 +49,7 @@ WAYS: dict[str, Way] = {
     "int4": _coarse("int4", "int8"),
     "int2": _coarse("int2", "int4"),
     "sign": _coarse("sign", "int4"),
+    "sign/512": _coarse("sign", "int2", group=512),
     "int4, top 1/8": _coarse("int4", "int4", density=1 / 8),
     "budget of 1/16": Way("int8", "int4", error_feedback=True, delta=True, share=1 / 16),
     "budget of 1/32": Way("int8", "int4", error_feedback=True, delta=True, share=1 / 32),
@@ -56,7 +58,7 @@ WAYS: dict[str, Way] = {
     "int4, k = 8": _coarse("int4", "int4", rank=8),
     "int2, k = 8": _coarse("int2", "int4", rank=8),
 }
-QUICK = ("float32", "int2", "sign, k = 16")
+QUICK = ("float32", "int2", "sign/512")
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,12 @@ def picture(
             marker, color=colour, ms=8, label=labels[kind],
         )  # fmt: skip
     spread = max(o.loss for o in found) - min(o.loss for o in found)
-    last, side = (0.0, 0.0), 1
-    for o in sorted(found, key=lambda o: total / (o.up_bytes + o.down_bytes)):
-        times = total / (o.up_bytes + o.down_bytes)
-        near = times < 1.7 * last[0] and abs(o.loss - last[1]) < 0.1 * spread
-        last, side = (times, o.loss), -side if near else 1  # above, or below a near neighbour's
+    places = [(total / (o.up_bytes + o.down_bytes), o.loss) for o in found]
+    for o, (times, loss) in zip(found, places, strict=True):
+        crowded = any(
+            abs(math.log(times / x)) < 0.25 and 0 < y - loss < 0.1 * spread for x, y in places
+        )
+        side = -1 if crowded else 1  # below, where another lies close above
         axes.annotate(
             o.name, (times, o.loss), (0, 13 * side), textcoords="offset points", ha="center",
             va="center", fontsize="small",

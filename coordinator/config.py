@@ -20,6 +20,7 @@ from profiles.errors import SketchfleetError
 from profiles.settings import Section, host_of, load_settings
 from protos.contract import Encoding, Part, Precision
 from protos.layout import LEAST_GROUP, MOST_GROUP, codec_of
+from protos.mirror import sent_whole
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -30,7 +31,7 @@ class ConfigError(SketchfleetError):
     """run.toml cannot be read or holds something that cannot be run."""
 
 
-SliceEncoding = Literal["float32", "bfloat16", "int8", "int4"]
+SliceEncoding = Literal["float32", "bfloat16", "int8", "int4", "int2"]
 """Of what devices begin with: fewer bits would leave little of a weight."""
 
 
@@ -320,6 +321,11 @@ class RunConfig(Section):
                 f"[wire] delta = false does nothing with {method.name}, which sends no differences "
                 "of the adapter anyway; leave it out"
             )
+        if "int2" in (wire.slice, wire.global_adapter) and not (wire.delta and travels):
+            raise ValueError(
+                "[wire] slice and global_adapter = int2 are for differences (delta), whose losses "
+                "are made good later; use int4 where rows are sent whole"
+            )
         if self.wire.error_feedback:
             if not method.keeps_basis:
                 raise ValueError(f"[wire] error_feedback {stale}")
@@ -374,8 +380,8 @@ class RunConfig(Section):
             update_encoding=self.wire.update,
             update_group=self.wire.group,
             compressed=self.wire.compressed,
-            slice_encoding=self.wire.slice,
-            global_encoding=self.wire.global_adapter,
+            slice_encoding=sent_whole(self.wire.slice),
+            global_encoding=sent_whole(self.wire.global_adapter),
             coverage=self.round.coverage,
             round_s=self.round.round_s or None,
             max_round_s=self.round.max_round_s,

@@ -20,7 +20,7 @@ from coordinator.state import StateReader
 from coordinator.store.blobs import BlobStore
 from protos.contract import AdapterSpec, Assignment, BlobRef, Encoding, MirrorStep, Part, Payload
 from protos.layout import Parts
-from protos.mirror import mirror_parts
+from protos.mirror import mirror_parts, sent_whole
 from protos.packing import PackedWriter, pack
 from protos.sketch import slice_rows
 
@@ -43,6 +43,7 @@ class Cutter:
         side_rank: int,
     ) -> None:
         self._wire, self._spec, self._method, self._blobs = wire, spec, method, blobs
+        self._slice, self._whole = sent_whole(wire.slice), sent_whole(wire.global_adapter)
         self._model, self._groups, self._side_rank = model, groups, side_rank
         self._downlink = Downlink(spec, blobs)
         self._files: dict[Any, BlobRef] = {}
@@ -73,9 +74,9 @@ class Cutter:
         refs = []
         for wanted in self._groups:
             if wanted == DENSE:
-                refs.append(self._dense(self._wire.slice, density))
+                refs.append(self._dense(self._slice, density))
                 continue
-            payload = Payload(task.rank, self._wire.slice, wanted, density)
+            payload = Payload(task.rank, self._slice, wanted, density)
             key = ("slice", scale, *_which(self._spec, task))
             refs.append(self._packed(key, payload, cut))
         return tuple(refs)
@@ -90,9 +91,9 @@ class Cutter:
         refs = []
         for wanted in self._groups:
             if wanted == DENSE:
-                refs.append(self._dense(self._wire.global_adapter))
+                refs.append(self._dense(self._whole))
                 continue
-            payload = Payload(self._spec.rank, self._wire.global_adapter, wanted)
+            payload = Payload(self._spec.rank, self._whole, wanted)
             scale = self._method.device_scale(self._spec, self._spec.rank)
             # A slice of all rows in this encoding is the same file.
             refs.append(self._packed(("slice", scale), payload, whole))
@@ -106,7 +107,7 @@ class Cutter:
     def branch(self, task: Assignment) -> BlobRef | None:
         """The frozen branch that a device trains beside."""
         if not self._method.complement:
-            return self.side(self._wire.slice)
+            return self.side(self._slice)
         rank = self._spec.rank - task.rank + self._side_rank
         if not rank:
             return None
@@ -117,7 +118,7 @@ class Cutter:
             assert branch is not None
             return _sides(branch)
 
-        payload = Payload(rank, self._wire.slice)
+        payload = Payload(rank, self._slice)
         return self._packed(("branch", task.device_id), payload, others)
 
     def side(self, encoding: Encoding) -> BlobRef | None:

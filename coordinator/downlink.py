@@ -9,9 +9,8 @@ errors; it asks no method's name, and does not know which device holds what.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +31,16 @@ from protos.contract import (
     Part,
     Payload,
 )
-from protos.mirror import MirrorReader, advance, mirror_payload, place
+from protos.layout import packed_bytes
+from protos.mirror import MirrorReader, advance, mirror_payload, place, sent_whole
 from protos.packing import PackedWriter, pack
 from protos.unpacking import unpack
 
-# Differences are tried as these, with the group that gives the least error for its bits.
+# Differences are tried as these, with the group that gives the least error for its bits; signs also
+# with few scales, of which groups of 64 are a fifth.
 LADDER: tuple[tuple[Encoding, int], ...] = (
-    ("sign", 64), ("int2", 32), ("int4", 64), ("int8", 0), ("int8", 32), ("bfloat16", 0),
+    ("sign", 512), ("sign", 64), ("int2", 32), ("int4", 64), ("int8", 0), ("int8", 32),
+    ("bfloat16", 0),
 )  # fmt: skip
 ENOUGH: Encoding = "bfloat16"  # what is closer than this is not worth a byte
 SAMPLE_MODULES, SAMPLE_ROWS = 8, 64  # that encodings are compared on
@@ -88,8 +90,12 @@ class Downlink:
         """Brings these cuts of a mirror close to the model; its files and its result are stored.
 
         Each file is the smallest that leaves no more error, row by row and relative to it, than
-        the cut sent whole in its own encoding would. Raises `PackingError`, `OSError`.
+        the cut sent whole in its own encoding would. A device that begins from the run's start
+        lacks the model itself, not what a round changed of it, so that `sent_whole` decides.
+        Raises `PackingError`, `OSError`.
         """
+        if base is None:
+            cuts = [replace(c, encoding=sent_whole(c.encoding)) for c in cuts]
         spec, payload = self._spec, mirror_payload(self._spec, parts)
         held = MirrorReader(spec, base, None if base is None else self._blobs.path(base.digest))
         source = _Source(spec, model, held, task)
@@ -100,11 +106,11 @@ class Downlink:
         unnamed = MirrorStep(files, BlobRef("", 0, payload), 1.0, base)
         out = self._blobs.draft()
         advance(
-            spec, dataclasses.replace(task, mirror=unnamed),
+            spec, replace(task, mirror=unnamed),
             None if base is None else self._blobs.path(base.digest),
             [self._blobs.path(file.blob.digest) for file in files], out,
         )  # fmt: skip
-        return dataclasses.replace(unnamed, result=self._blobs.adopt(out, payload))
+        return replace(unnamed, result=self._blobs.adopt(out, payload))
 
     def _written(
         self, source: _Source, chosen: Sequence[tuple[Cut, _Way]]
@@ -182,19 +188,16 @@ def _way(source: _Source, cut: Cut) -> _Way | None:
     sample = {name: _sampled(*source.rows(name, cut)) for name in picked}
     want = {name: pair[0] for name, pair in sample.items()}
     owed = {name: pair[0] - pair[1] for name, pair in sample.items()}
-    whole, lost = _tried(want, cut.encoding, 0, 0)
+    whole, packed, lost = _tried(want, cut.encoding, 0, 0)
     most_bits = CODECS[cut.encoding].bits
-    options = [(whole, 1.0, cut.encoding, 0, False)]
+    options = [(whole, 1.0, packed, False)]
     for encoding, group in LADDER:
         if CODECS[encoding].bits <= most_bits:
-            size, left = _tried(owed, encoding, group, None)
+            size, packed, left = _tried(owed, encoding, group, None)
             if (ratio := _ratio(left, lost)) <= 1.0:
-                options.append((size, ratio, encoding, group, True))
-    _, _, encoding, group, adds = min(options, key=lambda option: option[:2])
-    payload = Payload(
-        _height(source, cut), encoding, (cut.part,), group=group, compressed=encoding != "float32"
-    )
-    return _Way(payload, adds)
+                options.append((size, ratio, packed, True))
+    _, _, packed, adds = min(options, key=lambda option: option[:2])
+    return _Way(replace(packed, rank=_height(source, cut), parts=(cut.part,)), adds)
 
 
 def _height(source: _Source, cut: Cut) -> int:
@@ -241,14 +244,18 @@ def _sampled(want: Values, have: Values) -> tuple[Values, Values]:
 
 def _tried(
     blocks: Mapping[str, Values], encoding: Encoding, group: int, seed: int | None
-) -> tuple[int, list[Rows]]:
-    """(bytes, squared error of each row) of these blocks in this encoding."""
+) -> tuple[int, Payload, list[Rows]]:
+    """(bytes, how they are packed, squared error of each row) of these blocks in this encoding."""
     shapes = tuple(ModuleShape(name, *values.shape) for name, values in blocks.items())
     spec = AdapterSpec("", "", "", "", 1, 1.0, False, 0, (), shapes)
-    payload = Payload(1, encoding, ("dense",), group=group, compressed=encoding != "float32")
+    plain = Payload(1, encoding, ("dense",), group=group)
+    payload = replace(plain, compressed=encoding != "float32")
     packed = pack(spec, payload, {n: {"dense": v} for n, v in blocks.items()}, seed=seed)
     back = unpack(packed, spec, payload)
-    return len(packed), [_energy(v - back[n]["dense"]) for n, v in blocks.items()]
+    left = [_energy(v - back[n]["dense"]) for n, v in blocks.items()]
+    # Where compression finds nothing, its table of blocks is all it adds.
+    fixed = packed_bytes(spec, plain)
+    return (fixed, plain, left) if fixed <= len(packed) else (len(packed), payload, left)
 
 
 def _energy(values: Values) -> Rows:

@@ -436,12 +436,12 @@ class Engine:
         """The file of a blob that devices may fetch. Raises `UnknownBlobError`."""
         return self._blobs.path(digest)
 
-    def begin_push(
+    async def begin_push(
         self, device_id: str, assignment_id: str, digest: str, size_bytes: int
     ) -> tuple[str, int]:
         """(upload id, bytes already held). Raises `RefusalError` before any byte is taken."""
         self._seen[device_id] = self._clock()
-        return self._intake.begin(device_id, assignment_id, digest, size_bytes)
+        return await self._intake.begin(device_id, assignment_id, digest, size_bytes)
 
     def put_chunk(
         self, device_id: str, upload_id: str, offset: int, data: Buffer, checksum: int | None
@@ -455,11 +455,12 @@ class Engine:
 
     async def commit_push(self, device_id: str, upload_id: str) -> tuple[str, str]:
         """(receipt, "accepted" or "late"). Repeating it returns the same. Raises `RefusalError`."""
-        assignment, digest, new = await self._intake.commit(device_id, upload_id)
-        if new:
+        update = await self._intake.commit(device_id, upload_id)
+        assignment = update.assignment
+        if update.new and update.reported:  # else the report tells
             self._consider(assignment.assignment_id)
         outcome = "late" if self._closed_without(assignment) else "accepted"
-        return f"{assignment.assignment_id}:{digest}", outcome
+        return f"{assignment.assignment_id}:{update.digest}", outcome
 
     def report(self, device_id: str, report: LocalReport) -> None:
         """Takes the report of an assignment. Raises `RefusalError`."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from coordinator.store.blobs import BlobStore
+from coordinator.store.group_commit import GroupCommit
 from coordinator.store.records import AssignmentRecord, Records, UploadRecord
 from protos.codecs import PackingError
 from protos.contract import AdapterSpec, Assignment, Reason, RefusalError
@@ -23,6 +26,17 @@ from protos.unpacking import open_update
 
 # No training moves an adapter weight this far; merges of such values leave float32.
 LARGEST_CHANGE = 1e4
+AT_ONCE = 16  # updates being synced and decoded: the disk takes many at once, most of it is waiting
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """An update that stands, on disk. `new`: since this call; `reported`: its report is in too."""
+
+    assignment: Assignment
+    digest: str
+    new: bool = False
+    reported: bool = False
 
 
 class Intake:
@@ -40,9 +54,12 @@ class Intake:
         self._too_late, self._clock = too_late, clock
         # Uploads that are growing, with what they answer: no query for each chunk.
         self._growing: dict[str, tuple[AssignmentRecord, UploadRecord]] = {}
-        self._committing: dict[str, asyncio.Future[tuple[Assignment, str, bool]]] = {}
+        self._open: dict[str, str] = {}  # by assignment, the upload that counts
+        self._committing: dict[str, asyncio.Future[Accepted]] = {}
+        self._writes = GroupCommit(records)
+        self._threads = ThreadPoolExecutor(AT_ONCE, "accept")
 
-    def begin(
+    async def begin(
         self, device_id: str, assignment_id: str, digest: str, size_bytes: int
     ) -> tuple[str, int]:
         """(upload id, bytes already held). Raises `RefusalError` before any byte is taken."""
@@ -58,17 +75,19 @@ class Intake:
             )
         if record.update_digest is None:
             self._refuse_too_late(assignment)
-        _refuse_second(record, digest)
+        _refuse_second(assignment, record.update_digest, digest)
         upload_id = hashlib.sha256(f"{assignment_id}\0{digest}".encode()).hexdigest()[:32]
-        for other in self._records.uploads_of(assignment_id):
-            if other.upload_id != upload_id:  # one open upload per assignment
-                self._blobs.discard(other.upload_id)
-                self._growing.pop(other.upload_id, None)
+        other = self._open.get(assignment_id, upload_id)
+        if other != upload_id:  # one open upload per assignment
+            self._blobs.discard(other)
+            self._growing.pop(other, None)
         upload = UploadRecord(upload_id, assignment_id, digest, size_bytes)
-        self._records.put_upload(upload)
+        self._open[assignment_id] = upload_id
         self._growing[upload_id] = (record, upload)
+        await self._writes.write(lambda: self._records.put_upload(upload))
         if record.update_digest == digest or self._blobs.holds(digest):
             return upload_id, size_bytes
+        self._upload(device_id, upload_id)  # while it was written, another may have taken its place
         return upload_id, self._blobs.part(upload_id, size_bytes).length
 
     def put(
@@ -87,8 +106,8 @@ class Intake:
         except OffsetError as error:
             raise RefusalError(Reason.WRONG_OFFSET, str(error)) from error
 
-    async def commit(self, device_id: str, upload_id: str) -> tuple[Assignment, str, bool]:
-        """(assignment, digest of the update, whether it is new). Raises `RefusalError`.
+    async def commit(self, device_id: str, upload_id: str) -> Accepted:
+        """Checks an update that is complete and makes it stand. Raises `RefusalError`.
 
         Repeating it is harmless, even while it goes on: a device whose connection broke asks again,
         and what it had asked for first is carried out once, whether anybody still listens or not.
@@ -105,30 +124,42 @@ class Intake:
             going_on.add_done_callback(lambda _: self._committing.pop(upload_id))
         return await asyncio.shield(going_on)
 
-    async def _commit(self, device_id: str, upload_id: str) -> tuple[Assignment, str, bool]:
+    async def _commit(self, device_id: str, upload_id: str) -> Accepted:
         record, upload = self._upload(device_id, upload_id)
         assignment, digest = record.assignment, upload.digest
-        if record.update_digest is None:
-            self._refuse_too_late(assignment)
-            held = self._blobs.holds(digest)  # bytes that others refer to, or an earlier try
-            if not held:
-                try:
-                    await asyncio.to_thread(self._blobs.finish, upload_id, digest)
-                except TransferError as error:
-                    raise RefusalError(Reason.DIGEST_MISMATCH, str(error)) from error
-            try:
-                await asyncio.to_thread(self._check, self._blobs.path(digest), assignment)
-            except PackingError as error:
-                if not held:
-                    self._blobs.drop(digest)
-                raise _refusal(error) from error
-            record = self.own(device_id, assignment.assignment_id)  # another may have come since
-        _refuse_second(record, digest)
-        self._growing.pop(upload_id, None)
         if record.update_digest is not None:
-            return assignment, digest, False
-        self._records.put_update(assignment.assignment_id, digest, upload.size_bytes, self._clock())
-        return assignment, digest, True
+            self._forget(upload)
+            return Accepted(assignment, digest)
+        self._refuse_too_late(assignment)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, self._keep, upload, assignment)
+        standing, new, reported = await self._writes.write(
+            lambda: self._records.put_update(
+                assignment.assignment_id, digest, upload.size_bytes, self._clock()
+            )
+        )
+        _refuse_second(assignment, standing, digest)  # another may have come since
+        self._forget(upload)
+        return Accepted(assignment, digest, new, reported)
+
+    def _keep(self, upload: UploadRecord, assignment: Assignment) -> None:
+        """Makes a blob of an upload, durably, if it is sound. Raises `RefusalError`."""
+        held = self._blobs.holds(upload.digest)  # bytes that others refer to, or an earlier try
+        try:
+            if not held:
+                self._blobs.finish(upload.upload_id, upload.digest)
+            self._check(self._blobs.path(upload.digest), assignment)
+        except TransferError as error:
+            raise RefusalError(Reason.DIGEST_MISMATCH, str(error)) from error
+        except PackingError as error:
+            if not held:
+                self._blobs.drop(upload.digest)
+            raise _refusal(error) from error
+
+    def _forget(self, upload: UploadRecord) -> None:
+        self._growing.pop(upload.upload_id, None)
+        if self._open.get(upload.assignment_id) == upload.upload_id:
+            del self._open[upload.assignment_id]
 
     def own(self, device_id: str, assignment_id: str) -> AssignmentRecord:
         """The assignment, which must be this device's. Raises `RefusalError`."""
@@ -148,6 +179,8 @@ class Intake:
             if record is None or record.update_digest or self._too_late(record.assignment):
                 self._blobs.discard(upload_id)
                 self._growing.pop(upload_id, None)
+            elif upload is not None:
+                self._open[upload.assignment_id] = upload_id
 
     def _upload(self, device_id: str, upload_id: str) -> tuple[AssignmentRecord, UploadRecord]:
         found = self._growing.get(upload_id)
@@ -155,14 +188,14 @@ class Intake:
             raise RefusalError(Reason.UNKNOWN_UPLOAD, "no such upload; begin the push again")
         return found
 
-    def _accepted(self, device_id: str, upload_id: str) -> tuple[Assignment, str, bool] | None:
+    def _accepted(self, device_id: str, upload_id: str) -> Accepted | None:
         """What `commit` answers for an upload that is the update of its assignment already."""
         if (upload := self._records.upload(upload_id)) is None:
             return None
         record = self.own(device_id, upload.assignment_id)
         if record.update_digest != upload.digest:
             return None
-        return record.assignment, upload.digest, False
+        return Accepted(record.assignment, upload.digest)
 
     def _refuse_incomplete(self, upload: UploadRecord) -> None:
         if self._blobs.holds(upload.digest):
@@ -182,7 +215,10 @@ class Intake:
         """Decodes every module, which refuses what is not finite. Raises `PackingError`."""
         reader = open_update(path, self._spec, assignment)
         for name in reader.names:
-            largest = max(float(np.abs(v).max()) for v in reader.module(name).values())
+            parts, energy = reader.measured(name)
+            if energy < 0.9 * LARGEST_CHANGE**2:  # then none of them is, however sums are rounded
+                continue
+            largest = max(float(np.abs(v).max()) for v in parts.values())
             if largest > LARGEST_CHANGE:
                 raise PackingError(
                     f"{name} changes a weight by {largest:.1e}, no more than "
@@ -200,10 +236,10 @@ def _refusal(error: PackingError) -> RefusalError:
     return RefusalError(Reason.BAD_UPDATE, str(error))
 
 
-def _refuse_second(record: AssignmentRecord, digest: str) -> None:
-    if record.update_digest not in (None, digest):
+def _refuse_second(assignment: Assignment, standing: str | None, digest: str) -> None:
+    if standing not in (None, digest):
         raise RefusalError(
             Reason.EQUIVOCATION,
-            f"another update for {record.assignment.assignment_id} was already accepted; the first "
+            f"another update for {assignment.assignment_id} was already accepted; the first "
             "one stands",
         )

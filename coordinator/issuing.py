@@ -36,6 +36,7 @@ from protos.contract import (
     from_plain,
     to_plain,
 )
+from protos.mirror import sent_whole
 
 Recorded = Mapping[int, tuple[float, Sequence[DevicePlan]]]
 """Round -> (length in seconds, plans), to be used instead of planning."""
@@ -301,7 +302,7 @@ class Issuer:
         if evaluates:
             if not mirrored:
                 given["global_adapter"] = cutter.whole()
-            given["global_side"] = cutter.side(self._config.wire.global_adapter)
+            given["global_side"] = cutter.side(sent_whole(self._config.wire.global_adapter))
         return dataclasses.replace(task, **given)
 
     def _held(self, mirrors: Mapping[str, str]) -> dict[str, BlobRef | None]:

@@ -234,7 +234,7 @@ class TransferService(_Authenticated):
             if not isinstance(first, pb.PushRequest) or not first.HasField("update"):
                 raise ContractError("a push begins with the update it brings; restart the agent")
             update = first.update
-            upload_id, durable = self._engine.begin_push(
+            upload_id, durable = await self._engine.begin_push(
                 device_id, update.assignment_id, update.digest, update.size_bytes
             )
             yield pb.PushResponse(durable_bytes=durable, chunk_bytes=CHUNK_BYTES)

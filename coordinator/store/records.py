@@ -6,8 +6,10 @@ seconds. Facts travel in and out as the dataclasses of `protos.contract`, kept a
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +176,7 @@ class Records:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._engine = sql.create_engine(f"sqlite:///{path}")
+        self._own = threading.local()  # db: this thread's transaction over several methods
         sql.event.listen(self._engine, "connect", _configure)
         try:
             with self._engine.begin() as db:
@@ -190,8 +193,27 @@ class Records:
 
     @contextmanager
     def _db(self) -> Iterator[sql.Connection]:
+        shared: sql.Connection | None = getattr(self._own, "db", None)
+        if shared is not None:
+            yield shared
+            return
         with self._engine.begin() as db:
             yield db
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Calls of methods as one transaction: what each returned, or the exception it raised.
+
+        Where one fails, each is a transaction of its own.
+        """
+        try:
+            with self._engine.begin() as db:
+                self._own.db = db
+                try:
+                    return [call() for call in calls]
+                finally:
+                    del self._own.db
+        except Exception:  # noqa: BLE001 - it comes again, of the call that it belongs to
+            return [_outcome(call) for call in calls]
 
     def close(self) -> None:
         """Releases the database file."""
@@ -395,19 +417,25 @@ class Records:
                 .values(report=canonical_json(report).decode(), state=state)
             )
 
-    def put_update(self, assignment_id: str, digest: str, size_bytes: int, at: float) -> str:
-        """Keeps an update unless one is there; returns the digest that stands."""
+    def put_update(
+        self, assignment_id: str, digest: str, size_bytes: int, at: float
+    ) -> tuple[str, bool, bool]:
+        """Keeps an update unless one is there.
+
+        Returns (the digest that stands, whether it is new, whether the report is in).
+        """
         with self._db() as db:
-            db.execute(
+            kept = db.execute(
                 assignments.update()
                 .where(assignments.c.assignment_id == assignment_id)
                 .where(assignments.c.update_digest.is_(None))
                 .values(update_digest=digest, update_bytes=size_bytes, received_at=at)
             )
-            return str(db.execute(
-                sql.select(assignments.c.update_digest)
+            standing, reported = db.execute(
+                sql.select(assignments.c.update_digest, assignments.c.report.is_not(None))
                 .where(assignments.c.assignment_id == assignment_id)
-            ).scalar_one())  # fmt: skip
+            ).one()  # fmt: skip
+            return str(standing), bool(kept.rowcount), bool(reported)
 
     # --- uploads --------------------------------------------------------------------------------
 
@@ -429,11 +457,12 @@ class Records:
             row = db.execute(uploads.select().where(uploads.c.upload_id == upload_id)).one_or_none()
         return None if row is None else _upload(row)
 
-    def uploads_of(self, assignment_id: str) -> list[UploadRecord]:
-        """Uploads ever begun for an assignment."""
-        with self._db() as db:
-            rows = db.execute(uploads.select().where(uploads.c.assignment_id == assignment_id))
-            return [_upload(row) for row in rows]
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - handed to whoever asked for it
+        return error
 
 
 def _put_version(
@@ -461,9 +490,14 @@ def _run(row: Any) -> RunRecord:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)  # asked for when it is handed out, pushed, reported
+def _task(text: str) -> Assignment:
+    return from_json(Assignment, text)
+
+
 def _assignment(row: Any) -> AssignmentRecord:
     return AssignmentRecord(
-        from_json(Assignment, row.assignment), json.loads(row.predicted), row.state,
+        _task(row.assignment), json.loads(row.predicted), row.state,
         from_json(LocalReport, row.report) if row.report else None,
         row.update_digest, row.update_bytes, row.received_at, row.merged_in,
     )  # fmt: skip

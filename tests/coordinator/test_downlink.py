@@ -163,6 +163,42 @@ def test_fifty_rounds_of_differences_are_closer_than_whole_files_and_fewer_bytes
         assert ours[-1] < 0.25 * theirs[-1], "what was lost before has been sent since"
 
 
+def test_asked_for_two_bits_differences_go_as_signs_with_few_scales_and_still_catch_up(ends):
+    on, rng = ends(slice_="int2", whole="int2"), np.random.default_rng(0)
+    model, sizes, off = moved(first_model(), rng, 0.05), [], []
+    for round_ in range(40):
+        model = moved(model, rng, 0.002 if round_ < 20 else 0.0)
+        task, size = on.deliver(model, a_task(round_))
+        sizes.append(size)
+        off.append(on.error(model, task))
+        if round_ == 0:  # it lacks the model itself: no coarser than whole rows in four bits
+            assert off[0] < 0.2 and all(
+                f.blob.payload.encoding != "sign" for f in task.mirror.files
+            )
+        elif size:
+            assert {f.blob.payload.encoding for f in task.mirror.files} == {"sign"}
+            assert {f.blob.payload.group for f in task.mirror.files} == {512}
+            assert not any(f.blob.payload.compressed for f in task.mirror.files), "no table"
+    values = RANK * SPEC.parameters_per_rank
+    assert max(sizes[1:]) < 1.35 / 8 * values + 200, "a bit a value, and a scale a row of 48 or so"
+    assert max(off[1:20]) < 0.2, "what is lost is sent with the next ones"
+    assert off[-1] < 0.1 * off[19]
+
+
+def test_signs_get_more_scales_where_a_few_would_lose_too_much(ends):
+    spec = dataclasses.replace(SPEC, modules=(ModuleShape("wide", 1024, 1024),))
+    alike = np.full(1024, 0.02)
+    bursts = np.where(np.arange(1024) // 64 % 8 == 0, 0.14, 0.002)  # a group of 64 in each 512
+    for changes, group in ((alike, 512), (bursts, 64)):
+        on, rng = ends(spec=spec), np.random.default_rng(7)
+        task, _ = on.deliver(moved(first_model(spec), rng, 0.2), a_task(0))
+        held = whole_of(spec, task, on.device.path)
+        on.slice = on.whole = "int4"
+        task, _ = on.deliver(moved(held, rng, changes), a_task(1))
+        found = {(f.blob.payload.encoding, f.blob.payload.group) for f in task.mirror.files}
+        assert found == {("sign", group)}
+
+
 def test_over_fifty_changing_sketches_what_was_sent_and_what_is_owed_make_the_model(ends):
     on, rng = ends(slice_="int4", whole="int4"), np.random.default_rng(1)
     model, sent = moved(first_model(), rng, 0.05), first_model()

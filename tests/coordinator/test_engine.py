@@ -495,6 +495,21 @@ async def test_of_two_updates_begun_side_by_side_only_one_gets_a_receipt(harness
         assert fleet.coordinator.assignment(0, "ash").update_digest == sha256(second)
 
 
+async def test_an_upload_whose_place_was_taken_after_a_restart_leaves_no_file(
+    harness, tmp_path, impatient
+):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        device, spec, a, _ = await one_device(fleet)
+        size = packed_bytes(spec, a.update)
+        first = await device.begin(a.assignment_id, "1" * 64, size)
+        assert await device.put(first.update, 0, b"x" * 100, crc32(b"x" * 100)) == 100
+        await fleet.restart()
+        assert (await device.begin(a.assignment_id, "1" * 64, size)).durable_bytes == 100
+        await fleet.restart()
+        assert (await device.begin(a.assignment_id, "2" * 64, size)).durable_bytes == 0
+        assert len(fleet.coordinator.blobs.parts()) == 1
+
+
 async def test_of_two_updates_committed_at_once_only_one_gets_a_receipt(harness, tmp_path):
     async with harness.fleet(tmp_path, **ONE) as fleet:
         device, spec, a, update = await one_device(fleet)

@@ -125,8 +125,8 @@ def test_reopening_keeps_everything(records, path):
 
 def test_a_second_digest_does_not_replace_the_first(records):
     open_round(records, make_assignment())
-    assert records.put_update("run.0.ash", "a" * 64, 10, 101.0) == "a" * 64
-    assert records.put_update("run.0.ash", "b" * 64, 20, 102.0) == "a" * 64
+    assert records.put_update("run.0.ash", "a" * 64, 10, 101.0) == ("a" * 64, True, False)
+    assert records.put_update("run.0.ash", "b" * 64, 20, 102.0) == ("a" * 64, False, False)
     kept = records.assignment("run.0.ash")
     assert (kept.update_digest, kept.update_bytes, kept.received_at) == ("a" * 64, 10, 101.0)
 

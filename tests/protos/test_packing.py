@@ -222,8 +222,9 @@ def test_rounding_errs_by_less_than_a_step_of_its_group(data):
 def test_sign_keeps_signs_and_the_mean_size_of_a_group():
     values = np.random.default_rng(1).normal(size=(3, 20)).astype(np.float32)
     codec = CODECS["sign"]
-    for group in (0, 8):
+    for group in (0, 8, 512):  # rows are shorter than a group: one scale of two bytes each
         coded = codec.encode(values, np.random.Philox(key=1), group)
+        assert len(coded[0]) == {0: 3 * 4, 8: 3 * 3 * 2, 512: 3 * 2}[group]
         decoded = codec.decode(memoryview(b"".join(coded)), 3, 20, group)
         assert ((decoded >= 0) == (values >= 0)).all()
         for start in range(0, 20, group or 20):
