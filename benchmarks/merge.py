@@ -6,10 +6,10 @@ all update bytes at the speed measured in the same run; beside it stands the rat
 the files once, which a merge cannot do without and which takes longer than a copy. The dense merge
 forms every device's product (m x n), sums, and for methods that truncate takes a full SVD; it is
 timed on one layer's distinct shapes and extrapolated. Each merge runs in a process of its own, so
-its peak memory is its own; the time is the best of five runs that do not measure the aggregation
-error, whose cost (the best of two that do, less that) has its own column. Updates lie in the
-temporary folder, and are synced before time counts. A memory file system without huge pages reads
-at less than half the speed of a page cache with large folios.
+its peak memory is its own; the time is the best of five runs that neither measure the aggregation
+error nor attribute the merge to devices, whose cost (the best of two that do, less that) has its
+own column. Updates lie in the temporary folder, and are synced before time counts. A memory file
+system without huge pages reads at less than half the speed of a page cache with large folios.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 
 import coordinator.merge
 from coordinator.aggregation_error import measure
+from coordinator.contribution import Given, attribute
 from coordinator.lowrank import Bundle, stack
 from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.methods import METHODS, Method, MethodOptions, make
@@ -120,8 +121,10 @@ def run_merge(folder: str, name: str, layers: int, encoding: Encoding, out: Any)
     os.sync()  # or the merge would wait for the disk to take the updates
     read_s = min(read_seconds(updates) for _ in range(3))
 
-    def seconds(meter: Any) -> tuple[float, MergeResult]:
-        vars(coordinator.merge)["measure"] = meter
+    nothing = Given(np.zeros(len(updates)), np.zeros(len(updates)), 0.0)
+
+    def seconds(*meters: Any) -> tuple[float, MergeResult]:
+        vars(coordinator.merge).update(zip(("measure", "attribute"), meters, strict=True))
         began = time.perf_counter()
         result = merger.merge(0, 1, reader, updates)
         took = time.perf_counter() - began
@@ -131,12 +134,12 @@ def run_merge(folder: str, name: str, layers: int, encoding: Encoding, out: Any)
 
     reset_peak()
     began_bytes = resident_bytes("VmRSS")
-    best = min(seconds(lambda *_: None)[0] for _ in range(5))
-    measured = min((seconds(measure) for _ in range(2)), key=lambda run: run[0])
+    best = min(seconds(lambda *_: None, lambda *_: nothing)[0] for _ in range(5))
+    measured = min((seconds(measure, attribute) for _ in range(2)), key=lambda run: run[0])
     peak = resident_bytes("VmHWM") - began_bytes
     out.send({
-        "seconds": best, "read_s": read_s, "error_s": max(0.0, measured[0] - best), "bytes": floor,
-        "peak_bytes": peak, "error": measured[1].error, "exact": measured[1].exact,
+        "seconds": best, "read_s": read_s, "metering_s": max(0.0, measured[0] - best),
+        "bytes": floor, "peak_bytes": peak, "error": measured[1].error, "exact": measured[1].exact,
     })  # fmt: skip
 
 
@@ -242,7 +245,7 @@ def main() -> None:
     print(f"1536 x 8960, stacked rank {sum(RANKS)} -> {RANK}: {layer['ours_s']:.3f} s, dense SVD "
           f"{layer['dense_s']:.1f} s ({layer['ratio']:.0f}x), relative error "
           f"{layer['error']:.1e}")  # fmt: skip
-    print(f"{'method':13} {'seconds':>8} {'x floor':>8} {'x read':>7} {'error s':>8} "
+    print(f"{'method':13} {'seconds':>8} {'x floor':>8} {'x read':>7} {'metering':>8} "
           f"{'dense/ours':>10} "
           f"{'peak MB':>8} {'allowed':>8}  aggregation error")  # fmt: skip
     results: dict[str, Any] = {}
@@ -271,7 +274,7 @@ def main() -> None:
         error = "-" if found["error"] is None else f"{found['error']:.2e}"
         how = "" if found["exact"] else " (estimated)"
         print(f"{name:13} {found['seconds']:8.2f} {found['over_floor']:8.1f} "
-              f"{found['over_read']:7.1f} {found['error_s']:8.2f} "
+              f"{found['over_read']:7.1f} {found['metering_s']:8.2f} "
               f"{found['dense_over_ours']:10.0f} {found['peak_bytes'] / 1e6:8.0f} "
               f"{found['allowed_bytes'] / 1e6:8.0f}  {error}{how}", flush=True)  # fmt: skip
     print(json.dumps({

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from coordinator.store.blobs import BlobStore
     from coordinator.store.records import Records
 
+OWN_PACKAGES = frozenset(
+    ("jinja2", "prometheus_client", "rich", "safetensors", "sqlalchemy", "starlette", "uvicorn")
+)  # of the coordinator's extra
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -46,6 +50,21 @@ def main(argv: list[str] | None = None) -> int:
         "report", parents=[kept, as_json], help="per-device table and fairness of a run"
     )
     report.add_argument("run", help="name of the run")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="write the whole report, with plots, to FILE.html, FILE.md or FILE.json",
+    )  # fmt: skip
+    ledger = commands.add_parser(
+        "ledger", parents=[kept], help="write a row per device and round of a run as a file"
+    )
+    ledger.add_argument("run", help="name of the run")
+    ledger.add_argument("--out", type=Path, required=True, metavar="FILE.parquet|.csv")
+    dashboard = commands.add_parser(
+        "dashboard", parents=[kept], help="show a run that nobody serves in the browser"
+    )
+    dashboard.add_argument("run", help="name of the run")
+    dashboard.add_argument("--listen", default="127.0.0.1:9464", metavar="ADDRESS:PORT",
+                           help="of this machine alone (default: 127.0.0.1:9464)")  # fmt: skip
     export = commands.add_parser(
         "export", parents=[kept], help="write the adapter of any round as a PEFT folder"
     )
@@ -68,12 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int({"serve": _serve, "devices": _devices, "runs": _runs, "report": _report,
-                    "export": _export, "plan": _plan}[args.command](args))  # fmt: skip
+                    "ledger": _ledger, "dashboard": _dashboard, "export": _export,
+                    "plan": _plan}[args.command](args))  # fmt: skip
     except SketchfleetError as error:
         print(f"sketchfleet-coordinator: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if error.name not in ("sqlalchemy", "rich", "safetensors"):
+        if error.name not in OWN_PACKAGES:
             raise
         missing = MissingExtraError(str(error.name), "coordinator")
         print(f"sketchfleet-coordinator: {missing}", file=sys.stderr)
@@ -185,6 +205,13 @@ def _report(args: argparse.Namespace) -> int:
         reason_lines,
     )
 
+    if args.out is not None:
+        from coordinator.run_report import check_suffix, run_results, write_report
+
+        check_suffix(args.out)
+        write_report(run_results(_open(args.state)[0], args.run), args.out)
+        print(args.out)
+        return 0
     records, _ = _open(args.state)
     report = build_report(records, args.run)
     if args.json:
@@ -199,6 +226,45 @@ def _report(args: argparse.Namespace) -> int:
         _table(ERROR_COLUMNS, errors)
     print("\n".join(["", *fairness_lines(report), "", *reason_lines(report)]))
     return 0
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from coordinator.ledger import ledger_rows
+    from coordinator.ledger_files import write_ledger
+    from coordinator.serve import ServeError
+
+    records, _ = _open(args.state)
+    if records.run(args.run) is None:
+        known = ", ".join(run.run_id for run in records.all_runs()) or "none"
+        raise ServeError(f"no run {args.run!r} here; runs kept: {known}")
+    count = write_ledger(args.out, args.run, ledger_rows(records, args.run))
+    print(f"{args.out}: {count} rows")
+    return 0
+
+
+def _dashboard(args: argparse.Namespace) -> int:
+    from coordinator.web.app import make_app
+    from coordinator.web.facts import FactReader
+    from coordinator.web.server import WebError, WebServer
+    from profiles.settings import host_of, is_loopback
+
+    try:
+        local = is_loopback(host_of(args.listen))
+    except ValueError as error:
+        raise WebError(f"--listen {args.listen} {error}") from error
+    if not local:
+        raise WebError(f"--listen {args.listen} can be reached from elsewhere; use 127.0.0.1")
+    records, _ = _open(args.state)
+    read = FactReader(records, args.run)
+    read()
+    server = WebServer(make_app(read, state=args.state), args.listen)
+    print(f"{server.start()}/ until interrupted", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        server.stop()
+        records.close()
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ How the file is read and its mistakes are told: `profiles.settings`.
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +16,8 @@ from coordinator.plan_types import Aim, PlanPolicy
 from coordinator.server_optimizer import ServerOptimizer, make_optimizer
 from coordinator.weights import WeightOptions, WeightRule, make_rule
 from profiles.errors import SketchfleetError
-from profiles.settings import Section, host_of, load_settings
-from protos.contract import Encoding, Part, Precision
+from profiles.settings import Section, host_of, is_loopback, load_settings
+from protos.contract import Encoding, Objective, Part, Precision
 from protos.layout import LEAST_GROUP, MOST_GROUP, codec_of
 from protos.mirror import sent_whole
 
@@ -49,12 +48,26 @@ class ModelSection(Section):
 
     base: str
     """A hub id or a local folder in the Hugging Face format."""
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    """What is trained: the next token of code, or the label of a text or a pair of texts, whose
+    task head is drawn from the run's seed and trained whole beside the adapter."""
+    labels: tuple[str, ...] = ()
+    """To be told apart, as the data spell them; the model's outputs have this order."""
     revision: str = ""
     """Commit of a hub id; pin it for anything that matters."""
     targets: tuple[str, ...] = ()
     """Projections to adapt; empty adapts all of them."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapter, by name in the base ("lm_head", "model.norm")."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> ModelSection:
+        classifies = self.task == "sequence-classification"
+        if classifies and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError("task = sequence-classification needs labels, two or more, each once")
+        if self.labels and not classifies:
+            raise ValueError("labels need task = sequence-classification")
+        return self
 
 
 class AdapterSection(Section):
@@ -115,6 +128,12 @@ class FairnessSection(Section):
     propfair_ceiling: Annotated[float, Field(ge=0)] = 0.0
     """M, nats per token: at least 1.5 times the highest loss at the start."""
     propfair_margin: Annotated[float, Field(gt=0)] = 0.2
+
+    @property
+    def objective(self) -> Objective | None:
+        """What devices minimise in place of their loss; None: nothing."""
+        plain = self.loss == "plain"
+        return None if plain else Objective(self.propfair_ceiling, self.propfair_margin)
 
 
 class TrainingSection(Section):
@@ -197,6 +216,9 @@ class EvaluationSection(Section):
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     completions: Annotated[int, Field(ge=0)] = 0
     """Lines of held-out code that devices generate and compare in each evaluation."""
+    local_only: bool = False
+    """Whether devices also train an adapter on their own code alone, with the same budget, to tell
+    whether taking part is worth it. Doubles the time of training."""
 
 
 class ServerSection(Section):
@@ -211,16 +233,29 @@ class ServerSection(Section):
     @classmethod
     def _loopback(cls, listen: str) -> str:
         host = host_of(listen)
-        try:
-            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            local = False
-        if not local:
+        if not is_loopback(host):
             raise ValueError(
                 f"{host} is not a loopback address; this version speaks plain text and therefore "
                 "listens on loopback only: put a TLS tunnel in front of it"
             )
         return listen
+
+
+class WebSection(Section):
+    """The dashboard, /metrics and /healthz (`docs/dashboard.md`); they only show."""
+
+    listen: str = "127.0.0.1:9464"
+    """"" serves none of them."""
+    token_file: Path | None = None
+    """Holds what visitors must show; without it, only this machine may be listened on."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> WebSection:
+        if self.listen and not is_loopback(host_of(self.listen)) and self.token_file is None:
+            raise ValueError(
+                f"[web] listen {self.listen} can be reached from elsewhere and needs a token_file"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -238,6 +273,7 @@ class RunConfig(Section):
     wire: WireSection = WireSection()
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()
+    web: WebSection = WebSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -261,6 +297,14 @@ class RunConfig(Section):
 
     def _refuse_idle_keys(self) -> None:
         """Refuses keys that would change nothing: whoever wrote them expects otherwise."""
+        if self.model.labels:
+            text = (("training", "fill_in_middle"), ("evaluation", "completions"))
+            for section, key in text:
+                if getattr(getattr(self, section), key):
+                    raise ValueError(
+                        f"[{section}] {key} is for text that a model writes, which a classifier "
+                        "does not; leave it out"
+                    )
         fairness, optimizer = self.fairness, self.server_optimizer
         needs = {
             ("fairness", "q"): ("weights", "q-ffl", fairness.weights),
@@ -315,7 +359,8 @@ class RunConfig(Section):
                 "[wire] update = sign keeps signs only and would never learn sizes; set "
                 "error_feedback = true, or use int2"
             )
-        travels = method.density == 1 and (method.files(0) or self.model.modules_to_save)
+        whole = self.model.modules_to_save or self.model.labels
+        travels = method.density == 1 and (method.files(0) or whole)
         if not wire.delta and not travels:
             raise ValueError(
                 f"[wire] delta = false does nothing with {method.name}, which sends no differences "
@@ -399,6 +444,7 @@ class RunConfig(Section):
             aim=self.plan.policy,
             rounds_left=rounds_left,
             feeds_back=self.wire.error_feedback,
+            local_only=self.evaluation.local_only and not evaluate_only,
         )
 
     def make_server_optimizer(self) -> ServerOptimizer:
@@ -429,4 +475,7 @@ def load_config(path: Path) -> RunConfig:
     if (here / base).is_dir():
         base = str((here / base).resolve())
     model = config.model.model_copy(update={"base": base})
-    return config.model_copy(update={"server": server, "model": model})
+    web = config.web
+    if web.token_file is not None:
+        web = web.model_copy(update={"token_file": here / web.token_file.expanduser()})
+    return config.model_copy(update={"server": server, "model": model, "web": web})

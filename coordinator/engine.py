@@ -19,6 +19,7 @@ from coordinator import rounds
 from coordinator.config import RunConfig
 from coordinator.intake import Intake
 from coordinator.issuing import Issuer, Recorded
+from coordinator.ledger_types import Contribution
 from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.restore import rebuilt
 from coordinator.state import StateFile, write_initial
@@ -28,6 +29,7 @@ from coordinator.weights import Voice
 from profiles.device import DeviceProfile
 from profiles.model import ModelShape
 from protos.contract import (
+    MOST_EXAMPLES,
     AdapterSpec,
     Assignment,
     BlobRef,
@@ -170,6 +172,11 @@ class Engine:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why the last plan gave a device nothing; a copy."""
+        return dict(self._left_out)
+
     def told_finished(self) -> bool:
         """Whether every device that was there at the end knows that the run is finished."""
         return not self._untold
@@ -273,6 +280,7 @@ class Engine:
             and record.report is not None
         ]
         files: dict[str, BlobRef] = {}
+        given: dict[str, Contribution] = {}
         if taken:
             updates, detail["weight_memory"] = self._weighed(taken, effect.round)
             result, files, dropped = await asyncio.to_thread(self._merge, effect.round, updates)
@@ -281,18 +289,19 @@ class Engine:
             taken = [r for r in taken if r.assignment.assignment_id not in dropped]
             detail["dropped"] = dropped
             if result is not None:
+                given = result.contributions
                 detail |= {
                     "weights": {u.assignment.assignment_id: u.weight for u in updates},
-                    "share": result.share,
                     "coverage": [float(c) for c in result.coverage],
                     "aggregation_error": result.error,
                     "aggregation_errors": result.errors,
                     "aggregation_error_exact": result.exact,
+                    "attribution_s": result.attribution_s,
                     "merge_s": time.monotonic() - started,
                 }
         self._records.publish_round(
             run_id, effect.round, files,
-            [r.assignment.assignment_id for r in taken], detail, self._clock(),
+            [r.assignment.assignment_id for r in taken], detail, self._clock(), given,
         )  # fmt: skip
         log.info("round merged", extra={
             "round": effect.round, "updates": len(taken),
@@ -472,6 +481,18 @@ class Engine:
                 Reason.BAD_REQUEST,
                 f"a report keeps {report.kept_rank} rows of {record.assignment.rank}",
             )
+        for e in report.evaluations:
+            told = len(e.example_millinats)
+            if told != len(e.example_tokens) or told > MOST_EXAMPLES:
+                raise RefusalError(
+                    Reason.BAD_REQUEST,
+                    f"a report tells losses of {told} examples and tokens of "
+                    f"{len(e.example_tokens)}; as many of both, at most {MOST_EXAMPLES}",
+                )
+            if told and min(e.example_tokens) < 1:
+                raise RefusalError(
+                    Reason.BAD_REQUEST, "a report tells the loss of an example without tokens"
+                )
         step = record.assignment.mirror
         if record.report is None and report.outcome == "done" and step is not None:
             self._mirrors[device_id] = step.result.digest  # the next round may not await its poll

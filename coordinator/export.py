@@ -22,8 +22,9 @@ from coordinator.state import StateFile, StateReader
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import RunRecord
 from profiles.errors import MissingExtraError, SketchfleetError
-from profiles.model import base_tensor, resolve_base
+from profiles.model import resolve_base
 from protos.contract import AdapterSpec, BlobRef
+from protos.head import starting_tensor
 from protos.peft_config import adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -105,7 +106,7 @@ def export_peft(
         for name, delta in (dense or {}).items():
             if base_folder is None:
                 raise ExportError(f"{name} was trained whole; the base's own weights are needed")
-            base = base_tensor(base_folder, name)
+            base = starting_tensor(spec, base_folder, name)
             tensors[f"base_model.model.{name}"] = base + delta.reshape(base.shape)
         save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
         config = json.dumps(adapter_config(spec, rank, base_name), indent=2, sort_keys=True)
@@ -155,6 +156,11 @@ def _tensors(
 
 def _card(spec: AdapterSpec, rank: int, base_name: str) -> str:
     targets = sorted({m.name.rsplit(".", 1)[-1] for m in spec.modules})
+    kind, options, told = "CausalLM", "", ""
+    if spec.classification is not None:
+        labels = spec.classification.labels
+        kind, options = "SequenceClassification", f", num_labels={len(labels)}"
+        told = f"\n| labels | {', '.join(f'{i}: {name}' for i, name in enumerate(labels))} |"
     return f"""---
 base_model: {json.dumps(base_name)}
 library_name: peft
@@ -170,13 +176,13 @@ Trained by Sketchfleet on code that never left the devices it lives on.
 | base | {base_name} {spec.base_revision} |
 | base digest (SHA-256) | `{spec.base_digest}` |
 | rank, alpha | {rank}, {spec.alpha:g}{" (rsLoRA)" if spec.use_rslora else ""} |
-| modules | {", ".join(targets)} ({len(spec.modules)} layers) |
+| modules | {", ".join(targets)} ({len(spec.modules)} layers) |{told}
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelFor{kind}
 
-base = AutoModelForCausalLM.from_pretrained("{base_name}")
+base = AutoModelFor{kind}.from_pretrained("{base_name}"{options})
 model = PeftModel.from_pretrained(base, "<this folder>")
 ```
 """

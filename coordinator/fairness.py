@@ -1,29 +1,27 @@
-"""How evenly a run serves its devices: summaries over per-device losses, and the ledger.
+"""How evenly a run serves its devices: one figure per device becomes what a fleet is judged by.
 
-Losses are lower-is-better, so the worst tail is the high one. Scale-free indices (Jain, Gini)
-hide large gaps between good devices; they are always given beside the worst tail. Computes from
-plain facts; knows nothing of where they are stored or how they are shown.
+Every score has a declared direction: losses are lower-is-better, so their worst tail is the high
+one. Scale-free indices (Jain, Gini) hide large gaps between good devices; they are always given
+beside the worst tail. Computes from plain facts; knows nothing of where they are stored or shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from profiles.errors import SketchfleetError
-from protos.contract import LocalReport
+import numpy as np
+
+from coordinator import inequality
+from coordinator.inequality import Better, FairnessError
 
 WORST_SHARE = 0.1
 
 
-class FairnessError(SketchfleetError):
-    """A summary was asked of facts that do not allow one."""
-
-
 @dataclass(frozen=True)
 class FairnessSummary:
-    """Spread of one loss over the fleet."""
+    """Spread of one score over the fleet. None: not defined of values below zero."""
 
     devices: int
     mean: float
@@ -32,183 +30,160 @@ class FairnessSummary:
     worst: float
     range: float
     std: float  # of the population
-    jain: float  # 1 / (1 + CV^2), in [1/N, 1]
-    worst_decile_mean: float  # mean of the ceil(N / 10) highest losses
+    jain: float | None  # 1 / (1 + CV^2), in [1/N, 1]; the square of the cosine to equal ones
+    worst_decile_mean: float  # mean of the ceil(N / 10) worst scores
+    gini: float | None
+    best_decile_mean: float
+    variance: float  # of the population
+    cv: float | None
+    cosine: float | None
+    entropy: float | None  # of the shares, nats
+    theil: float | None  # ln N - entropy: the shares' KL divergence from equal ones
+    atkinson: float | None  # at epsilon 1
+    better: Better = "lower"
+
+
+@dataclass(frozen=True)
+class LocalGap:
+    """The global model against one trained on the device's own code alone, over `devices`.
+
+    Gaps are positive where the device would have done better alone, in the unit of the score.
+    """
+
+    devices: int
+    mean: float
+    worst: float
+    worse_off_share: float
+    worse_off: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TierSpread:
+    """How far tiers of devices are apart in one score."""
+
+    means: Mapping[str, float]
+    devices: Mapping[str, int]
+    gap: float  # highest less lowest tier mean
+    between_share: float | None  # eta^2, of the variance; None if there is no variance
+    between_by_chance: float | None  # eta^2 expected where tiers make no difference
+
+
+@dataclass(frozen=True)
+class Evenness:
+    """How evenly something that devices give or get is spread: rounds, bytes, shares."""
+
+    total: float
+    jain: float
     gini: float
+    least: float
+    most: float
 
 
-@dataclass(frozen=True)
-class DeviceRound:
-    """What one device was asked and gave in one training round."""
+def summarise(
+    losses: Mapping[str, float], weights: Mapping[str, float], better: Better = "lower"
+) -> FairnessSummary:
+    """Spread of per-device scores; `weights` (held-out or training sizes) by the same names.
 
-    round: int
-    device_id: str
-    board: str
-    rank: int  # k
-    global_rank: int  # r
-    reason: str
-    up_bytes: int  # as sent
-    dense_bytes: int  # what the whole adapter, uncompressed, would have been
-    report: LocalReport
-    merged_share: float = 0.0  # of the round's merge; 0 if not merged
-
-
-@dataclass(frozen=True)
-class DeviceLedgerRow:
-    """What one device gave to a run and what it got."""
-
-    device_id: str
-    board: str
-    language: str
-    k: int  # of its last round
-    ratio: float  # sketch ratio k / r
-    reason: str
-    up_bytes: int
-    dense_bytes: int
-    seconds: float
-    loss_before: float | None  # of the whole adapter, first received in a training round
-    loss_after: float | None  # of the whole adapter, last received; None if only measured before
-    gap: float | None  # loss_after less the fleet's mean loss_after
-    rounds_joined: int
-    update_share: float  # mean share of the merge over the run's rounds
-
-    @property
-    def compression(self) -> float | None:
-        """Dense bytes per byte sent; None if nothing was sent."""
-        return self.dense_bytes / self.up_bytes if self.up_bytes else None
-
-
-def summarise(losses: Mapping[str, float], weights: Mapping[str, float]) -> FairnessSummary:
-    """Spread of per-device losses; `weights` (held-out or training sizes) by the same names.
-
-    Raises `FairnessError` on no devices, a missing weight, or a loss that is not finite.
+    Raises `FairnessError` on no devices, a missing or negative weight, a score that is not finite.
     """
     if not losses:
         raise FairnessError("no device has a loss to summarise; wait for a round to report")
     if missing := sorted(losses.keys() - weights.keys()):
         raise FairnessError(f"no weight for {', '.join(missing)}; pass one for every loss")
     names = sorted(losses)
-    values = [float(losses[name]) for name in names]
-    if not all(map(math.isfinite, values)):
-        bad = [name for name in names if not math.isfinite(losses[name])]
+    if bad := [name for name in names if not math.isfinite(losses[name])]:
         raise FairnessError(f"loss of {', '.join(bad)} is not finite; leave it out and say so")
-    shares = [float(weights[name]) for name in names]
-    total = math.fsum(shares)
-    mean = math.fsum(values) / len(values)
-    weighted = (
-        math.fsum(w * v for w, v in zip(shares, values, strict=True)) / total if total else mean
-    )
+    if bad := [n for n in names if not (math.isfinite(weights[n]) and weights[n] >= 0)]:
+        raise FairnessError(f"weight of {', '.join(bad)} is negative or not finite; pass a size")
+    values = np.array([losses[name] for name in names], dtype=np.float64)
+    shares = np.array([weights[name] for name in names], dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    mean, variance = float(inequality.mean(values)), float(inequality.variance(values))
+    scale_free = bool(low >= 0)
     return FairnessSummary(
-        devices=len(values),
+        devices=len(names),
         mean=mean,
-        weighted_mean=weighted,
-        best=min(values),
-        worst=max(values),
-        range=max(values) - min(values),
-        std=math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)),
-        jain=jain(values),
-        worst_decile_mean=worst_mean(values, WORST_SHARE),
-        gini=gini(values),
+        weighted_mean=float(np.average(values, weights=shares)) if shares.any() else mean,
+        best=low if better == "lower" else high,
+        worst=high if better == "lower" else low,
+        range=high - low,
+        std=math.sqrt(variance),
+        jain=float(inequality.jain(values)) if scale_free else None,
+        worst_decile_mean=float(inequality.worst_mean(values, WORST_SHARE, better)),
+        gini=float(inequality.gini(values)) if scale_free else None,
+        best_decile_mean=float(inequality.best_mean(values, WORST_SHARE, better)),
+        variance=variance,
+        cv=float(inequality.cv(values)) if scale_free else None,
+        cosine=float(inequality.cosine_to_one(values)) if scale_free else None,
+        entropy=float(inequality.entropy(values)) if scale_free else None,
+        theil=float(inequality.theil(values)) if scale_free else None,
+        atkinson=float(inequality.atkinson(values, 1.0)) if scale_free else None,
+        better=better,
     )
 
 
-def jain(values: Sequence[float]) -> float:
-    """Jain's index (sum a)^2 / (N sum a^2): 1 if all are equal, 1/N if one has everything."""
-    squares = math.fsum(v * v for v in values)
-    return math.fsum(values) ** 2 / (len(values) * squares) if squares else 1.0
-
-
-def gini(values: Sequence[float]) -> float:
-    """Gini index of non-negative values, by sorting: 0 if all are equal."""
-    total = math.fsum(values)
-    if not total:
-        return 0.0
-    n = len(values)
-    ranked = math.fsum((2 * i - n + 1) * v for i, v in enumerate(sorted(values)))
-    return ranked / (n * total)
-
-
-def worst_mean(values: Sequence[float], share: float) -> float:
-    """Mean of the ceil(share * N) highest losses: CVaR. Never an empty tail, however small N."""
-    tail = sorted(values)[-max(1, math.ceil(share * len(values) - 1e-9)) :]
-    return math.fsum(tail) / len(tail)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation, ties sharing their mean rank. None below two pairs or without spread."""
-    if len(x) != len(y):
-        raise FairnessError(f"{len(x)} values cannot be paired with {len(y)}")
-    a, b = _ranks(x), _ranks(y)
-    middle = (len(x) + 1) / 2
-    va = math.fsum((r - middle) ** 2 for r in a)
-    vb = math.fsum((r - middle) ** 2 for r in b)
-    if not va or not vb:
+def local_gap(
+    shared: Mapping[str, float], alone: Mapping[str, float], better: Better = "lower"
+) -> LocalGap | None:
+    """Gap of the shared model's score to the local-only model's; None if no device has both."""
+    names = sorted(shared.keys() & alone.keys())
+    if not names:
         return None
-    both = math.fsum((p - middle) * (q - middle) for p, q in zip(a, b, strict=True))
-    return both / math.sqrt(va * vb)
+    sign = 1 if better == "lower" else -1
+    gaps = {name: sign * (shared[name] - alone[name]) for name in names}
+    if bad := [name for name, gap in gaps.items() if not math.isfinite(gap)]:
+        raise FairnessError(f"score of {', '.join(bad)} is not finite; leave it out and say so")
+    worse = tuple(name for name, gap in gaps.items() if gap > 0)
+    return LocalGap(
+        devices=len(names),
+        mean=math.fsum(gaps.values()) / len(gaps),
+        worst=max(gaps.values()),
+        worse_off_share=len(worse) / len(names),
+        worse_off=worse,
+    )
 
 
-def ledger(facts: Iterable[DeviceRound], rounds: int) -> tuple[DeviceLedgerRow, ...]:
-    """One row per device, sorted by name. `rounds`: training rounds the run has closed.
+def tier_spread(scores: Mapping[str, float], tiers: Mapping[str, str]) -> TierSpread | None:
+    """How far apart tiers are; devices without a tier are left out. None if none is left.
 
-    Only evaluations of the whole adapter as received count: a slice is not what a device gets.
-    Facts of the evaluate-only round (`round` >= `rounds`) give losses but no round joined.
+    eta^2 is the share of the variance between devices that lies between tiers. Tiers that make no
+    difference are expected to show (tiers - 1) / (devices - 1) of it: much, in a small fleet.
     """
-    history: dict[str, list[DeviceRound]] = {}
-    for fact in sorted(facts, key=lambda f: (f.device_id, f.round)):
-        history.setdefault(fact.device_id, []).append(fact)
-    seen = {device: _received(of) for device, of in history.items()}
-    before = {d: losses[0] for d, losses in seen.items() if losses and losses[0][0] < rounds}
-    after = {d: losses[-1][1] for d, losses in seen.items()
-             if losses and losses[-1] != before.get(d)}  # fmt: skip
-    mean = math.fsum(after.values()) / len(after) if after else 0.0
-    rows = []
-    for device, of in history.items():
-        trained = [f for f in of if f.round < rounds] or of
-        last = trained[-1]
-        rows.append(
-            DeviceLedgerRow(
-                device_id=device,
-                board=last.board,
-                language=next(
-                    (f.report.main_language for f in reversed(of) if f.report.main_language), ""
-                ),
-                k=last.rank,
-                ratio=last.rank / last.global_rank,
-                reason=last.reason,
-                up_bytes=sum(f.up_bytes for f in of),
-                dense_bytes=sum(f.dense_bytes for f in of),
-                seconds=math.fsum(_seconds(f.report) for f in of),
-                loss_before=before[device][1] if device in before else None,
-                loss_after=after.get(device),
-                gap=after[device] - mean if device in after else None,
-                rounds_joined=sum(f.round < rounds and f.report.outcome == "done" for f in of),
-                update_share=math.fsum(f.merged_share for f in of) / rounds if rounds else 0.0,
-            )
-        )
-    return tuple(rows)
+    of: dict[str, list[float]] = {}
+    for name in sorted(scores):
+        if tier := tiers.get(name):
+            of.setdefault(tier, []).append(scores[name])
+    values = [v for group in of.values() for v in group]
+    if not values:
+        return None
+    if not all(map(math.isfinite, values)):
+        raise FairnessError("a score is not finite; leave its device out and say so")
+    means = {tier: math.fsum(group) / len(group) for tier, group in sorted(of.items())}
+    middle = math.fsum(values) / len(values)
+    within = math.fsum((v - means[tier]) ** 2 for tier, group in of.items() for v in group)
+    between = math.fsum(len(group) * (means[tier] - middle) ** 2 for tier, group in of.items())
+    spread = within + between
+    return TierSpread(
+        means=means,
+        devices={tier: len(of[tier]) for tier in means},
+        gap=max(means.values()) - min(means.values()),
+        between_share=between / spread if spread > 0 else None,
+        between_by_chance=(len(of) - 1) / (len(values) - 1) if len(values) > 1 else None,
+    )
 
 
-def _received(facts: Sequence[DeviceRound]) -> list[tuple[int, float]]:
-    """(round, loss) of the whole adapter as received, oldest first."""
-    found = ((fact.round, fact.report.evaluation("global", "received")) for fact in facts)
-    return [(number, evaluation.loss) for number, evaluation in found if evaluation is not None]
+def evenness(given: Mapping[str, float]) -> Evenness | None:
+    """How evenly rounds joined, bytes sent or update mass are spread; devices at 0 count.
 
-
-def _seconds(report: LocalReport) -> float:
-    return report.fetch_s + report.train_s + report.evaluate_s + report.push_s
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and values[order[stop]] == values[order[start]]:
-            stop += 1
-        for place in order[start:stop]:
-            ranks[place] = (start + 1 + stop) / 2
-        start = stop
-    return ranks
+    None of no devices. Raises `FairnessError` on values below zero.
+    """
+    if not given:
+        return None
+    values = np.array([given[name] for name in sorted(given)], dtype=np.float64)
+    return Evenness(
+        total=math.fsum(values),
+        jain=float(inequality.jain(values)),
+        gini=float(inequality.gini(values)),
+        least=float(values.min()),
+        most=float(values.max()),
+    )

@@ -31,7 +31,6 @@ from protos.contract import (
     Assignment,
     BlobRef,
     Encoding,
-    Objective,
     Part,
     from_plain,
     to_plain,
@@ -276,10 +275,11 @@ class Issuer:
             seed=_seed(spec.seed, asked.round, plan.device_id),
             deadline_s=round_s,
             reason=plan.reason,
-            objective=self._objective(),
+            objective=c.fairness.objective,
             pruning=method.pruning,
             fill_in_middle=c.training.fill_in_middle,
             completions=c.evaluation.completions,
+            local_only=c.evaluation.local_only and trains,
         )
 
     def _filled(
@@ -323,11 +323,6 @@ class Issuer:
         if plan.update_encoding is not None:
             return plan.update_encoding
         return "int8" if self._config.wire.update == "auto" else self._config.wire.update
-
-    def _objective(self) -> Objective | None:
-        f = self._config.fairness
-        plain = f.loss == "plain"
-        return None if plain else Objective(f.propfair_ceiling, f.propfair_margin)
 
 
 def _newest_mirrors(history: Sequence[AssignmentRecord]) -> dict[str, BlobRef]:

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation_error import ErrorMeter, measure
+from coordinator.contribution import ContributionMeter, Given, attribute
+from coordinator.ledger_types import Contribution
 from coordinator.lowrank import Bundle, ErrorEnergy, Matrix32, Rows
 from coordinator.methods import Method, MethodError, ModuleState, ModuleUpdate
 from coordinator.methods.base import normalised
@@ -63,7 +65,7 @@ class MergeResult:
     errors: aggregation error by module, ||merged - ideal|| / ||ideal||, the ideal being the
     weighted mean of the devices' products in weight space; none where a method has no global
     model. error: over all modules. exact: computed by Gram matrices in every module, not by
-    random probes.
+    random probes. contributions: by assignment id. attribution_s: what finding them took.
     """
 
     files: dict[str, StateFile]
@@ -73,6 +75,8 @@ class MergeResult:
     errors: dict[str, float]
     error: float | None
     exact: bool
+    contributions: dict[str, Contribution]
+    attribution_s: float
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Merger:
         shares = normalised([update.weight for update in ordered])
         energies = np.zeros(len(ordered))
         coverage = np.zeros(spec.rank)
-        meter = ErrorMeter()
+        meter, given = ErrorMeter(), ContributionMeter(shares, spec.rank)
 
         def one(module: ModuleShape) -> _Merged:
             sent = readers.module(module.name)
@@ -159,6 +163,7 @@ class Merger:
             writer.write(module.name, found.state)
             energies += np.square(shares) * found.energies
             coverage += found.coverage / len(spec.modules)
+            given.add(found.rows, found.given)
             if found.error is not None:
                 meter.add(module.name, found.error)
         for tensor in spec.dense:
@@ -169,6 +174,8 @@ class Merger:
                 delta += shares[i] * parts["dense"]
             values, moments = current.dense(tensor.name)
             step, kept = self.optimizer.step(delta, moments)
+            for i in range(len(ordered)):
+                given.add_dense(i, step, readers.dense(i, tensor.name)[0]["dense"])
             writer.write_dense(tensor.name, ((values + step).astype(np.float32), kept))
         norms = _by_device(ordered, energies)
         return MergeResult(
@@ -179,6 +186,11 @@ class Merger:
             errors=meter.errors,
             error=meter.overall,
             exact=meter.exact,
+            contributions={
+                update.assignment.assignment_id: of
+                for update, of in zip(ordered, given.contributions(), strict=True)
+            },
+            attribution_s=given.seconds,
         )
 
     def _module(
@@ -201,7 +213,8 @@ class Merger:
         error = None
         if self.method.has_global:
             error = measure(self.method, before, after, parts, shares)
-        return _Merged(after, energies, coverage, error)
+        given = attribute(self.method, before, after, parts, shares)
+        return _Merged(after, energies, coverage, error, [part.rows for part in parts], given)
 
     def _update(
         self, module: str, update: StoredUpdate, delta: _Delta, round_: int, before: ModuleState
@@ -253,6 +266,8 @@ class _Merged:
     energies: NDArray[np.float64]
     coverage: NDArray[np.float64]
     error: ErrorEnergy | None
+    rows: Sequence[Rows]
+    given: Given
 
 
 @dataclass(eq=False)

@@ -214,6 +214,8 @@ def _concessions(search: Search, policy: PlanPolicy, work: LocalWork, choice: Ch
         made.append(f"{_count(work.local_steps, 'step')} of {policy.local_steps} {why}")
     if search.correction.memory_share < 1:
         made.append(search.correction.note)
+    if work.local_only:
+        made.append("half of the training is for an adapter of its own, to compare with")
     if policy.evaluates_global and not work.evaluates_global:
         made.append("the whole adapter is not evaluated, it would not fit")
     return list(dict.fromkeys(made))

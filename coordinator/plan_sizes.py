@@ -121,6 +121,7 @@ class Sizes:
             dense_parameters=sum(t.out_features * t.in_features for t in self.spec.dense),
             targets=self.targets,
             optimizer=p.optimizer,
+            local_only=p.local_only and steps > 0,
         )
 
     def variants(self, work: LocalWork) -> Iterator[LocalWork]:

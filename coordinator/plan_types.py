@@ -86,6 +86,7 @@ class PlanPolicy:
     aim: Aim = "fastest"
     rounds_left: int = 1  # that a device's byte budget is to last for, at most
     feeds_back: bool = False  # what an update leaves out comes later
+    local_only: bool = False  # devices train twice, the second time for themselves
 
     @property
     def measuring(self) -> tuple[bool, ...]:

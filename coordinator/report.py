@@ -11,20 +11,14 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.fairness import (
-    DeviceLedgerRow,
-    DeviceRound,
-    FairnessSummary,
-    ledger,
-    spearman,
-    summarise,
-)
+from coordinator.association import spearman
+from coordinator.device_totals import DeviceTotals, device_totals
+from coordinator.fairness import FairnessSummary, summarise
+from coordinator.ledger import ledger_rows
 from coordinator.phases import DevicePhases, DeviceTime, device_phases, device_times
 from coordinator.store.records import AssignmentRecord, Records, RunRecord
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
-
-DENSE_BYTES_PER_VALUE = 4  # a dense float32 adapter, as other frameworks send it
 
 
 class ReportError(SketchfleetError):
@@ -49,7 +43,7 @@ class RunReport:
 
     run: RunRecord
     rounds_merged: int
-    rows: tuple[DeviceLedgerRow, ...]
+    rows: tuple[DeviceTotals, ...]
     before: FairnessSummary | None  # of the global adapter as first received
     after: FairnessSummary | None
     ratio_against_gain: float | None  # Spearman of sketch ratio and loss fall
@@ -88,15 +82,9 @@ def build_report(records: Records, run_id: str) -> RunReport:
     history = records.all_rounds(run_id)
     given = [a for a in records.assignments(run_id) if a.report is not None]
     profiles = {d.device_id: d.profile for d in records.all_devices() if d.profile is not None}
-    shares = {r.round: r.detail.get("share", {}) for r in history}
-    spec = run.spec
-    whole = sum(t.out_features * t.in_features for t in spec.dense)
-    dense = (spec.rank * spec.parameters_per_rank + whole) * DENSE_BYTES_PER_VALUE
     trained = sum(1 for r in history if r.phase == "merged" and not r.evaluate_only)
-    opened = sum(1 for r in history if not r.evaluate_only)
     times = device_times(given, history)
-    facts = [_fact(a, profiles, shares, spec.rank, dense) for a in given]
-    rows = ledger(facts, opened)
+    rows = device_totals(ledger_rows(records, run_id))
     weights = {a.assignment.device_id: float(a.report.train_examples)
                for a in given if a.report is not None and a.report.train_examples}  # fmt: skip
     # Only devices measured at both ends, or the two summaries would be of different fleets.
@@ -131,32 +119,6 @@ def build_report(records: Records, run_id: str) -> RunReport:
         links={d: _link(p) for d, p in profiles.items()},
         times=times,
         phases=device_phases(times, profiles),
-    )
-
-
-def _fact(
-    record: AssignmentRecord,
-    profiles: dict[str, DeviceProfile],
-    shares: dict[int, dict[str, float]],
-    global_rank: int,
-    dense_bytes: int,
-) -> DeviceRound:
-    a, report = record.assignment, record.report
-    assert report is not None
-    merged = shares.get(record.merged_in, {}) if record.merged_in is not None else {}
-    sent = record.update_digest is not None
-    profile = profiles.get(a.device_id)
-    return DeviceRound(
-        round=a.round,
-        device_id=a.device_id,
-        board=profile.board if profile is not None else "",
-        rank=a.rank,
-        global_rank=global_rank,
-        reason=a.reason,
-        up_bytes=record.update_bytes or 0,
-        dense_bytes=dense_bytes if sent else 0,
-        report=report,
-        merged_share=merged.get(a.device_id, 0.0),
     )
 
 
@@ -210,7 +172,7 @@ def device_table(report: RunReport) -> list[list[str]]:
     ]
 
 
-def _saved(row: DeviceLedgerRow) -> str:
+def _saved(row: DeviceTotals) -> str:
     return f"{row.compression:.1f}x fewer" if row.compression else "nothing sent"
 
 
@@ -233,7 +195,22 @@ def fairness_lines(report: RunReport) -> list[str]:
             else f"Spearman correlation of sketch ratio and loss fall: "
             f"{report.ratio_against_gain:+.2f}."
         )
-    return lines
+    return lines + _alone(report)
+
+
+def _alone(report: RunReport) -> list[str]:
+    """Whether taking part was worth it; nothing where no device trained alone beside it."""
+    gains = {r.device_id: r.loss_local - r.loss_after for r in report.rows
+             if r.loss_local is not None and r.loss_after is not None}  # fmt: skip
+    if not gains:
+        return []
+    least, better = min(gains, key=gains.__getitem__), sum(gain > 0 for gain in gains.values())
+    return [
+        f"Against an adapter trained alone on the same budget, {better} of {len(gains)} devices "
+        f"have a lower loss with the fleet's. The fleet's is better by "
+        f"{statistics.median(gains.values()):+.3f} nats per token in the median and by "
+        f"{gains[least]:+.3f} on {least}, which gains least."
+    ]
 
 
 ERROR_COLUMNS = ("projection", "layers", "median", "largest", "in")

@@ -10,6 +10,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.config import RunConfig
@@ -21,8 +22,15 @@ from coordinator.service import add_services, make_server
 from coordinator.store.blobs import BlobStore
 from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
-from profiles.model import ModelShape, base_digest, dense_tensors, read_shape, resolve_base
-from protos.contract import AdapterSpec, from_plain
+from profiles.model import (
+    ModelShape,
+    ModuleShape,
+    base_digest,
+    dense_tensors,
+    read_shape,
+    resolve_base,
+)
+from protos.contract import AdapterSpec, Classification, from_plain
 
 log = logging.getLogger("sketchfleet.coordinator")
 
@@ -46,7 +54,13 @@ def open_state(state: Path) -> tuple[Records, BlobStore]:
 
 def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape]:
     """The contract of a run over the base in `folder`. Raises `ModelError`."""
-    shape = read_shape(folder)
+    labels = config.model.labels
+    shape = replace(read_shape(folder), labels=len(labels))
+    if shape.encodes and not labels:
+        raise ServeError(
+            f"[model] base is an encoder ({shape.model_type}), which predicts no next token; set "
+            "task = sequence-classification, or choose a decoder"
+        )
     modules = shape.modules(config.model.targets)
     whole = config.model.modules_to_save
     linears = {m.name: m in modules for m in shape.modules(())}
@@ -64,7 +78,17 @@ def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape
                 f'"{config.training.precision}" quantises; quantised weights cannot be trained, '
                 "use bf16 or fp32"
             )
-    dense = dense_tensors(folder, tuple(dict.fromkeys(whole)))
+    classification: Classification | None = None
+    drawn: tuple[ModuleShape, ...] = ()
+    if labels:
+        head, drawn = shape.head(len(labels))
+        classification = Classification(labels, head)
+        if any(f"{name}.".startswith(f"{head}.") for name in whole):
+            raise ServeError(
+                f"[model] modules_to_save names {head}, the task head, which is trained whole "
+                "anyway; leave it out"
+            )
+    dense = (*drawn, *dense_tensors(folder, tuple(dict.fromkeys(whole))))
     names = [tensor.name for tensor in dense]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ServeError(
@@ -82,6 +106,7 @@ def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape
         seed=config.run.seed,
         modules=modules,
         dense=dense,
+        classification=classification,
     )
     return spec, shape
 
@@ -115,8 +140,11 @@ def load_recorded(path: Path) -> Recorded:
 async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
     """Runs the coordinator until the run is finished or it is told to stop.
 
-    Raises `ServeError` when the state folder or the port is taken.
+    Raises `ServeError` or `WebError` when the state folder or a port is taken.
     """
+    from coordinator.web.facts import FactReader, Live
+    from coordinator.web.server import dashboard
+
     folder = resolve_base(config.model.base, config.model.revision or None)
     spec, shape = build_spec(config, folder)
     state = config.server.state
@@ -136,29 +164,34 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
                 f"{config.server.listen} cannot be listened on: the port is in use or the address "
                 "is not this machine's; stop what listens there or change [server] listen"
             )
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await server.start()
-        log.warning("plain text on loopback: for one machine only")
-        log.info(
-            "serving",
-            extra={
-                "run_id": spec.run_id,
-                "address": f"{config.server.listen.rpartition(':')[0]}:{port}",
-                "join_token_file": str(token_file),
-                "round": engine.state.round,
-            },
+        read = FactReader(
+            records, spec.run_id, lambda: Live(engine.state, dict(engine.progress), engine.left_out)
         )
-        driving = asyncio.create_task(engine.run())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if driving.done():
-            driving.result()
-            until = time.monotonic() + FAREWELL_S
-            while not engine.told_finished() and not stop.is_set() and time.monotonic() < until:
-                await asyncio.sleep(0.1)
-        stopping.cancel()
-        driving.cancel()
-        await server.stop(grace=2)
+        async with dashboard(config, read) as address:
+            stop = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            await server.start()
+            log.warning("plain text on loopback: for one machine only")
+            log.info(
+                "serving",
+                extra={
+                    "run_id": spec.run_id,
+                    "address": f"{config.server.listen.rpartition(':')[0]}:{port}",
+                    "join_token_file": str(token_file),
+                    "round": engine.state.round,
+                    "dashboard": address,
+                },
+            )
+            driving = asyncio.create_task(engine.run())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if driving.done():
+                driving.result()
+                until = time.monotonic() + FAREWELL_S
+                while not engine.told_finished() and not stop.is_set() and time.monotonic() < until:
+                    await asyncio.sleep(0.1)
+            stopping.cancel()
+            driving.cancel()
+            await server.stop(grace=2)
     records.close()

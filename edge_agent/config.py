@@ -16,6 +16,7 @@ from edge_agent.network import NetworkSection
 from edge_agent.policy import Policy
 from edge_agent.training.connectors import DataSelection, Problems
 from edge_agent.training.git_history import GitRange
+from edge_agent.training.labelled import Columns, Labelled
 from edge_agent.training.records import Keys
 from profiles.errors import SketchfleetError
 from profiles.settings import Section, host_of, load_settings
@@ -89,13 +90,33 @@ class DataSection(Section):
     git_since: str = ""
     """Only files that changed between this and the cut-off are trained on."""
     git_head: str = "HEAD"
+    labelled: tuple[str, ...] = ()
+    """Files or globs of labelled texts or pairs, for runs that classify: TSV with a header, or one
+    JSON object per line; also compressed. Nothing else may be named beside it."""
+    labelled_held_out: tuple[str, ...] = ()
+    """What of it is held out; a share of `labelled` when empty."""
+    first_key: str = ""
+    second_key: str = ""
+    label_key: str = ""
+    """Columns of the texts and the label; as GLUE's tasks name them when empty."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        sources = ("include", "jsonl", "parquet", "dataset", "git")
+        sources = ("include", "jsonl", "parquet", "dataset", "git", "labelled")
         named = [key for key in sources if getattr(self, key)]
         if not named:
-            raise ValueError("names no code; give include, jsonl, parquet, dataset or git")
+            raise ValueError(f"names no data; give {', '.join(sources[:-1])} or labelled")
+        if self.labelled and len(named) > 1:
+            raise ValueError(
+                f"labelled stands alone, but {' and '.join(named[:-1])} is named too, which no run "
+                "could use beside it; run a second agent for it"
+            )
+        if self.labelled_held_out and not self.labelled:
+            raise ValueError("labelled_held_out needs labelled")
+        if bool(self.first_key) != bool(self.label_key) or (self.second_key and not self.first_key):
+            raise ValueError("first_key and label_key go together, and second_key goes with them")
+        if self.first_key and not self.labelled:
+            raise ValueError("first_key and label_key need labelled")
         if self.git and len(named) > 1:
             others = " and ".join(named[:-1])
             raise ValueError(
@@ -218,7 +239,17 @@ class AgentConfig(Section):
             )
             if tested.problems
             else None,
+            labelled=self._labelled,
         )
+
+    @property
+    def _labelled(self) -> Labelled | None:
+        data = self.data
+        if not data.labelled:
+            return None
+        named = Columns(data.first_key, data.second_key, data.label_key)
+        columns = named if data.first_key else None
+        return Labelled(data.labelled, data.labelled_held_out, columns)
 
 
 def load_agent_config(path: Path) -> AgentConfig:
@@ -250,7 +281,7 @@ def _placed(here: Path, data: DataSection) -> DataSection:
     """The same with absolute paths."""
     paths: dict[str, object] = {
         key: tuple(_absolute(here, pattern) for pattern in getattr(data, key))
-        for key in ("include", "jsonl", "parquet")
+        for key in ("include", "jsonl", "parquet", "labelled", "labelled_held_out")
     }
     if data.git:
         paths["git"] = _absolute(here, data.git)

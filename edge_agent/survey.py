@@ -21,8 +21,8 @@ from edge_agent.readings import Readings, Sensors
 from edge_agent.trainer_process import TrainerError, TrainerProcess
 from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
 from profiles.link import LinkProfile
-from profiles.model import base_digest, read_shape, resolve_base
-from protos.contract import AdapterSpec, ProfileRequest, from_plain, to_plain
+from profiles.model import ModuleShape, base_digest, read_shape, resolve_base
+from protos.contract import AdapterSpec, Classification, ProfileRequest, from_plain, to_plain
 
 GB = 1e9
 
@@ -115,10 +115,15 @@ async def _compute(
 ) -> tuple[ComputeProfile, GpuProfile | None]:
     """A few real training steps in the trainer process."""
     folder = resolve_base(wanted.base)
+    shape, classification = read_shape(folder), None
+    dense: tuple[ModuleShape, ...] = ()
+    if shape.encodes:  # measured as what it can be trained for, with the fewest labels
+        head, dense = shape.head(2)
+        classification = Classification(("0", "1"), head)
     spec = AdapterSpec(
         run_id="probe", base=wanted.base, base_revision="", base_digest=base_digest(folder),
         rank=wanted.rank, alpha=2.0 * wanted.rank, use_rslora=False, seed=0,
-        modules=read_shape(folder).modules(()),
+        modules=shape.modules(()), dense=dense, classification=classification,
     )  # fmt: skip
     request = from_plain(ProfileRequest, {
         "precision": wanted.precision, "sequence_tokens": wanted.sequence_tokens,

@@ -78,9 +78,10 @@ def train_flops_per_token(shape: ModelShape, work: LocalWork) -> float:
     needs 6N and 8N. The output head, tied or not, is passed once each way and never recomputed.
     """
     passes = 6 if work.checkpointing else 4
-    head = 4 * shape.vocabulary * shape.hidden
-    wide = shape.heads * shape.head_dim
-    # Causal attention: half of 2 * 2 products forward, twice that back, forward again.
+    head = 4 * shape.outputs * shape.hidden
+    wide = shape.heads * shape.head_dim * (2 if shape.encodes else 1)
+    # Causal attention: half of 2 * 2 products forward, twice that back, forward again. An encoder
+    # has the other half too.
     attention = (8 if work.checkpointing else 6) * work.sequence_tokens * wide * shape.layers
     # The adapter does need its own gradient; a frozen branch does not.
     adapter = (passes + 2) * THIN_PRODUCT * work.rank * work.parameters_per_rank
@@ -90,8 +91,9 @@ def train_flops_per_token(shape: ModelShape, work: LocalWork) -> float:
 
 def forward_flops_per_token(shape: ModelShape, work: LocalWork) -> float:
     """Evaluation: one pass, of base, head, attention and adapter."""
-    matmul = shape.linear_parameters + shape.vocabulary * shape.hidden
-    attention = 2 * work.sequence_tokens * shape.heads * shape.head_dim * shape.layers
+    matmul = shape.linear_parameters + shape.outputs * shape.hidden
+    wide = shape.heads * shape.head_dim * (2 if shape.encodes else 1)
+    attention = 2 * work.sequence_tokens * wide * shape.layers
     beside = (THIN_PRODUCT * work.rank + work.side_rank) * work.parameters_per_rank
     return float(2 * matmul + attention + 2 * beside)
 

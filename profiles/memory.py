@@ -35,6 +35,9 @@ INT8_CPU_WIDTHS = 30.0
 INT8_CPU_WEIGHT = 8  # bytes per value of the one weight that is dequantised; profiled 8.2
 FORWARD_ONLY = 0.5  # activations of one layer without gradients, over those kept; assumed
 
+# Projections that read what attention keeps anyway.
+AFTER_ATTENTION = ("o_proj", "attention.output.dense")
+
 LOSS_CHUNK_TOKENS = 256  # the trainer computes the loss in chunks of this many tokens
 # Bytes per token of a chunk and entry of the vocabulary: fp32 logits turned in place into what
 # goes back; bf16 adds a bf16 copy of either; a card cannot do it in place (`loss.py`).
@@ -112,7 +115,8 @@ def activation_bytes(
     """Bytes that one layer keeps for backward per token: exactly what autograd saves.
 
     Attention keeps rotated queries and keys, values, its output and a log-sum; an RMS norm an fp32
-    copy, a LayerNorm its input; the MLP what its product and activation need. An adapted module
+    copy, a LayerNorm its input; the MLP what its product and activation need; an encoder is taken
+    to keep what a decoder of its dimensions with a plain MLP does. An adapted module
     adds its input and k fp32 values: in fp32 the input is shared by all that read it, in bf16 each
     adapter has an fp32 copy of its own. SDPA attention, no dropout. Qwen 3 and Gemma 2 keep a
     little more for norms of their own.
@@ -123,11 +127,10 @@ def activation_bytes(
     norms = 2 * (4 * h + 4) if shape.gated else 2 * (b * h + b)
     norms += 0 if shape.gated else 2 * b
     mlp = (3 if shape.gated else 1) * b * i
-    linears = shape.linears()
-    adapted = [name for name in linears if not targets or name in targets]
+    linears, adapted = shape.linears(), shape.adapted(targets)
     inputs = {name: linears[name][2] for name in adapted}
     if b == 4:
-        kept = {_reads(name): size for name, size in inputs.items() if name != "o_proj"}
+        kept = {_reads(name): size for name, size in inputs.items() if name not in AFTER_ATTENTION}
         adapters = 4 * sum(kept.values())
     else:
         adapters = 4 * sum(inputs.values())
@@ -136,7 +139,7 @@ def activation_bytes(
 
 def _reads(name: str) -> str:
     """What a projection reads, so that those which read the same are told."""
-    if name in ("q_proj", "k_proj", "v_proj"):
+    if name in ("q_proj", "k_proj", "v_proj", "query", "key", "value"):
         return "attention"
     return "mlp" if name in ("gate_proj", "up_proj", "c_fc") else name
 
@@ -157,7 +160,7 @@ def parts_of(
     reports: the adapter came with an assignment and goes back; a probe's does not.
     """
     tokens, c = work.step_tokens, work.parameters_per_rank
-    loss = machine.loss_bytes * shape.vocabulary * min(tokens, LOSS_CHUNK_TOKENS)
+    loss = machine.loss_bytes * shape.outputs * min(tokens, LOSS_CHUNK_TOKENS)
     hidden = machine.compute_bytes * shape.hidden * tokens
     # Final states, their gradient, and the token-wide inputs of attention masks and positions.
     fixed = _dequantised(shape, work, machine) + 3 * hidden
@@ -168,6 +171,8 @@ def parts_of(
     if work.local_steps:
         trained = work.trained_parameters
         received = RECEIVED_BYTES * trained if machine.shares_host and reports else 0
+        # While one adapter trains, the values of the other are held; one after the other trains.
+        received += HELD_BYTES * trained if machine.shares_host and work.local_only else 0
         state = (ADAPTER_BYTES + MOMENT_BYTES[work.optimizer]) * trained + received + branch
         kept = tokens * activation_bytes(
             shape, work.rank, work.targets, compute_bytes=machine.compute_bytes

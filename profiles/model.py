@@ -1,4 +1,4 @@
-"""What a decoder model is: dimensions from its config.json, its linear layers, its identity.
+"""What a base model is: dimensions from its config.json, its linear layers, its identity.
 
 Reads JSON and file bytes only: no torch, so that the coordinator can plan for any model.
 """
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PLAIN_MLP_MODEL_TYPES = ("starcoder2",)
-KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "starcoder2", "gemma", "gemma2")
+DECODERS = ("llama", "qwen2", "qwen3", "mistral", "starcoder2", "gemma", "gemma2")
+ENCODERS = ("bert", "roberta")
 BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors")
 
 
@@ -38,7 +39,7 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Dimensions of a decoder-only transformer that decide memory, time and bytes."""
+    """Dimensions of a transformer, decoder or encoder, that decide memory, time and bytes."""
 
     model_type: str
     hidden: int
@@ -49,15 +50,17 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     tied_embeddings: bool
+    positions: int = 0  # of learnt positions; 0: rotary ones, which take no weights
+    labels: int = 0  # outputs of a classification head; 0: the next token, over the vocabulary
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Reads a Hugging Face config.json. Raises `ModelError` on an unknown architecture."""
         kind = str(config.get("model_type", ""))
-        if kind not in KNOWN_MODEL_TYPES:
+        if kind not in (*DECODERS, *ENCODERS):
             raise ModelError(
                 f"model type {kind or 'unknown'!r} is not supported; use a decoder of type "
-                f"{', '.join(KNOWN_MODEL_TYPES)}"
+                f"{', '.join(DECODERS)}, or to classify an encoder of type {', '.join(ENCODERS)}"
             )
         try:
             heads = int(config["num_attention_heads"])
@@ -71,15 +74,28 @@ class ModelShape:
                 head_dim=int(config.get("head_dim") or hidden // heads),
                 intermediate=int(config["intermediate_size"]),
                 vocabulary=int(config["vocab_size"]),
-                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                tied_embeddings=kind in ENCODERS or bool(config.get("tie_word_embeddings", False)),
+                positions=int(config["max_position_embeddings"]) if kind in ENCODERS else 0,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"config.json lacks a usable {error}; is it a decoder?") from error
+            raise ModelError(
+                f"config.json lacks a usable {error}; is it one of a transformer?"
+            ) from error
+
+    @property
+    def encodes(self) -> bool:
+        """Whether every token sees all others, so that the model predicts no next one."""
+        return self.model_type in ENCODERS
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP has a gate (Llama, Qwen) or two matrices (StarCoder2)."""
-        return self.model_type not in PLAIN_MLP_MODEL_TYPES
+        """Whether the MLP has a gate (Llama, Qwen) or two matrices (StarCoder2, BERT)."""
+        return self.model_type not in (*PLAIN_MLP_MODEL_TYPES, *ENCODERS)
+
+    @property
+    def outputs(self) -> int:
+        """Width of what the output head gives."""
+        return self.labels or self.vocabulary
 
     @property
     def kv_dim(self) -> int:
@@ -90,6 +106,15 @@ class ModelShape:
         """Projections of one layer: suffix -> (path in the layer, out_features, in_features)."""
         q = self.heads * self.head_dim
         h, i, kv = self.hidden, self.intermediate, self.kv_dim
+        if self.encodes:
+            return {
+                "query": ("attention.self.query", q, h),
+                "key": ("attention.self.key", kv, h),
+                "value": ("attention.self.value", kv, h),
+                "attention.output.dense": ("attention.output.dense", h, q),
+                "intermediate.dense": ("intermediate.dense", i, h),
+                "output.dense": ("output.dense", h, i),
+            }
         found = {
             "q_proj": ("self_attn.q_proj", q, h),
             "k_proj": ("self_attn.k_proj", kv, h),
@@ -112,18 +137,39 @@ class ModelShape:
         Raises `ModelError` on a target that this architecture does not have.
         """
         linears = self.linears()
-        wanted = list(targets) or list(linears)
-        if unknown := [t for t in wanted if t not in linears]:
+        if unknown := [t for t in targets if not self.adapted((t,))]:
             raise ModelError(
                 f"target modules {', '.join(unknown)} do not exist in a {self.model_type} model; "
                 f"choose from {', '.join(linears)}"
             )
+        wanted = self.adapted(targets)
+        stack = f"{self.model_type}.encoder.layer" if self.encodes else "model.layers"
         return tuple(
-            ModuleShape(f"model.layers.{layer}.{path}", out, in_)
+            ModuleShape(f"{stack}.{layer}.{path}", out, in_)
             for layer in range(self.layers)
             for suffix, (path, out, in_) in linears.items()
             if suffix in wanted
         )
+
+    def adapted(self, targets: Sequence[str]) -> list[str]:
+        """The projections that these targets name; all of them if there are none.
+
+        As PEFT does, a target names what ends with it: "dense" the three of a BERT layer.
+        """
+        found = self.linears()
+        if not targets:
+            return list(found)
+        return [name for name in found if any(f".{name}".endswith(f".{t}") for t in targets)]
+
+    def head(self, labels: int) -> tuple[str, tuple[ModuleShape, ...]]:
+        """The task head as transformers names it: its module, and its tensors as (out, in)."""
+        h = self.hidden
+        if self.model_type == "bert":
+            return "classifier", _linear("classifier", labels, h)
+        if self.model_type == "roberta":
+            first = _linear("classifier.dense", h, h)
+            return "classifier", (*first, *_linear("classifier.out_proj", labels, h))
+        return "score", _linear("score", labels, h)[1:]
 
     @property
     def linear_parameters(self) -> int:
@@ -133,8 +179,15 @@ class ModelShape:
     @property
     def other_parameters(self) -> int:
         """Embeddings, output head if untied, norms."""
-        tables = 1 if self.tied_embeddings else 2
-        return tables * self.vocabulary * self.hidden + (2 * self.layers + 1) * self.hidden
+        tables = 1 if self.tied_embeddings or self.labels else 2
+        rows = tables * self.vocabulary + self.positions + 2 * self.layers + 1
+        return rows * self.hidden
+
+
+def _linear(name: str, out_features: int, in_features: int) -> tuple[ModuleShape, ModuleShape]:
+    """Bias, as a row, and weight of a linear layer, in the order of their names."""
+    bias = ModuleShape(f"{name}.bias", 1, out_features)
+    return bias, ModuleShape(f"{name}.weight", out_features, in_features)
 
 
 def resolve_base(base: str, revision: str | None = None) -> Path:
@@ -186,6 +239,11 @@ def dense_tensors(folder: Path, names: Sequence[str]) -> tuple[ModuleShape, ...]
     found = []
     for name in names:
         own = sorted(n for n in shapes if n.startswith(f"{name}."))
+        if not own and (bare := _headless(name)):
+            # A folder of the encoder alone, without a head, leaves the first part out.
+            own = [n for n in shapes if n.startswith(f"{bare}.")]
+            shapes |= {name + n.removeprefix(bare): shapes[n] for n in own}
+            own = sorted(name + n.removeprefix(bare) for n in own)
         if not own:
             raise ModelError(
                 f"[model] modules_to_save names {name!r}, which has no weights of its own in "
@@ -205,9 +263,10 @@ def base_tensor(folder: Path, name: str) -> NDArray[np.float32]:
     import numpy as np
 
     tensors = _tensors(folder)
-    if name not in tensors:
+    found = next((n for n in (name, _headless(name)) if n in tensors), None)
+    if found is None:
         raise ModelError(f"{folder} holds no tensor {name}; is it the run's base?")
-    path, facts, start = tensors[name]
+    path, facts, start = tensors[found]
     first, end = facts["data_offsets"]
     with path.open("rb") as stream:
         stream.seek(start + first)
@@ -220,6 +279,12 @@ def base_tensor(folder: Path, name: str) -> NDArray[np.float32]:
         case kind:
             raise ModelError(f"{name} is {kind}; only F32, F16 and BF16 weights can be added to")
     return values.reshape(facts["shape"])
+
+
+def _headless(name: str) -> str:
+    """A tensor's or module's name as files of an encoder without a head have it; "" if no such."""
+    first, _, rest = name.partition(".")
+    return rest if first in ENCODERS else ""
 
 
 def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:

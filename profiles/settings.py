@@ -7,6 +7,7 @@ Knows TOML and how people misspell keys; knows no section of `run.toml` or `agen
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import tomllib
 from dataclasses import is_dataclass
@@ -63,6 +64,14 @@ def host_of(address: str) -> str:
     if found is None or int(found[2]) > 65535:
         raise ValueError('must be "address:port", for example "127.0.0.1:8470"')
     return found[1].strip("[]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host (no brackets) can only mean this machine; other names are not looked up."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _explain(model: type[Any], error: ValidationError) -> str:

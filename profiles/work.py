@@ -34,6 +34,7 @@ class LocalWork:
     dense_parameters: int = 0  # of tensors that are trained whole
     targets: tuple[str, ...] = ()  # adapted projections ("q_proj"); empty: all of them
     optimizer: str = "adamw"  # "adamw" | "adamw8bit" | "sgd"
+    local_only: bool = False  # the same once more, for an adapter that stays on the device
 
     @property
     def step_tokens(self) -> int:
@@ -43,7 +44,7 @@ class LocalWork:
     @property
     def micro_steps(self) -> int:
         """Passes forward and backward in the whole round."""
-        return self.local_steps * self.accumulation
+        return self.local_steps * self.accumulation * (2 if self.local_only else 1)
 
     @property
     def train_tokens(self) -> int:
@@ -52,8 +53,8 @@ class LocalWork:
 
     @property
     def evaluations(self) -> int:
-        """Passes over the held-out code: the slice before and after, and the whole adapter."""
-        return (2 if self.local_steps else 0) + (1 if self.evaluates_global else 0)
+        """Passes over the held-out code: the slice before and after, and the adapters beside it."""
+        return (2 if self.local_steps else 0) + self.evaluates_global + self.local_only
 
     @property
     def trained_parameters(self) -> int:

@@ -27,9 +27,11 @@ Encoding = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
 Part = Literal["up", "down", "core", "dense"]
 RowChoice = Literal["prefix", "stratified", "independent"]
 MirrorRows = Literal["slice", "rest", "all"]
-Subject = Literal["global", "slice", "personal"]
+Subject = Literal["global", "slice", "personal", "local"]
 Stage = Literal["received", "trained"]
 Outcome = Literal["done", "out_of_memory", "no_data", "base_mismatch", "crashed"]
+
+MOST_EXAMPLES = 240  # of an evaluation that are told one by one: less than 2 kB of a report
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -68,6 +70,14 @@ class RefusalError(SketchfleetError):
 
 
 @dataclass(frozen=True)
+class Classification:
+    """A run whose model names one of some labels for a text or a pair of texts."""
+
+    labels: tuple[str, ...]  # in the order of the model's outputs
+    head: str  # the module that gives them ("classifier", "score"): drawn, not the base's own
+
+
+@dataclass(frozen=True)
 class AdapterSpec:
     """What every device of a run must agree on; its digest heads every packed file."""
 
@@ -81,6 +91,7 @@ class AdapterSpec:
     seed: int
     modules: tuple[ModuleShape, ...]
     dense: tuple[ModuleShape, ...] = ()  # tensors trained whole (PEFT's modules_to_save)
+    classification: Classification | None = None  # None: the model predicts the next token
 
     @property
     def digest(self) -> bytes:
@@ -237,6 +248,7 @@ class Assignment:
     pruning: Pruning | None = None
     fill_in_middle: float = 0.0  # share of training documents rearranged, if the tokenizer can
     completions: int = 0  # of held-out code to be generated and compared, per evaluation
+    local_only: bool = False  # also train an adapter of the same budget that is never merged
     budget: UpdateBudget | None = None  # the device chooses; `update` is what was planned
     mirror: MirrorStep | None = None  # in place of `slice` and `global_adapter`
 
@@ -264,9 +276,12 @@ class Evaluation:
 
     exact_match, edit_similarity: of `completions` generated lines against the held-out ones;
     pass_at_1, pass_at_k: unbiased, from `samples` programs for each of `problems`.
+    example_millinats, example_tokens: summed loss, in thousandths of a nat, and predicted tokens of
+    single held-out sequences, at most `MOST_EXAMPLES`; of the subject "global" only.
     """
 
-    # "global": the whole adapter; "slice": the assigned rows; "personal": the device's own
+    # "global": the whole adapter; "slice": the assigned rows; "personal": Ditto's; "local": one
+    # that is trained on this device's code alone
     subject: Subject
     stage: Stage
     loss: float
@@ -279,6 +294,9 @@ class Evaluation:
     samples: int = 0  # programs per problem; also the k of pass_at_k
     pass_at_1: float | None = None
     pass_at_k: float | None = None
+    example_millinats: tuple[int, ...] = ()
+    example_tokens: tuple[int, ...] = ()
+    macro_f1: float | None = None  # of a classifier: mean over the labels that occur
 
 
 @dataclass(frozen=True)

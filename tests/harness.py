@@ -349,10 +349,15 @@ class Device:
             ups = [parts["up"] for model in (whole, side) for parts in model.values()
                    if "up" in parts]  # fmt: skip
             size = float(np.sqrt(sum(np.square(up).sum() for up in ups)))
-            measured.append(Evaluation("global", "received", 3.0 / (1 + size), 0.5, 1000))
+            measured.append(Evaluation(
+                "global", "received", 3.0 / (1 + size), 0.5, 1000,
+                example_millinats=(1_800_000, 1_200_000), example_tokens=(600, 400),
+            ))  # fmt: skip
         if a.trains:
             loss = 1.0 + a.seed % 997 / 997
             measured.append(Evaluation("slice", "received", loss, 0.5, 1000))
+            if a.local_only:
+                measured.append(Evaluation("local", "trained", 2.0 - 0.1 * a.round, 0.25, 1000))
         kept = 0
         if a.trains and a.pruning is not None and a.seed % 2:
             kept = max(1, math.floor(a.pruning.keep * a.rank + 1e-9))

@@ -26,14 +26,17 @@ HELP_CPU_S = 0.5
 HEAVY = ("torch", "transformers", "grpc", "sqlalchemy", "matplotlib", "rich", "numpy", "psutil")
 HELPS = [
     ("coordinator.cli",),
-    *(("coordinator.cli", c) for c in ("serve", "devices", "runs", "report", "export", "plan")),
+    *(
+        ("coordinator.cli", c)
+        for c in ("serve", "devices", "runs", "report", "ledger", "dashboard", "export", "plan")
+    ),
     ("edge_agent.cli",),
     *(
         ("edge_agent.cli", c)
         for c in ("run", "probe", "doctor", "status", "record", "export", "generate")
     ),
     ("trials.cli",),
-    *(("trials.cli", c) for c in ("run", "plot", "demo", "compare", "capped")),
+    *(("trials.cli", c) for c in ("run", "plot", "demo", "compare", "capped", "study")),
 ]
 LLAMA = {
     "model_type": "llama",
@@ -141,6 +144,7 @@ def run_toml(folder: Path, **changes: Mapping[str, Any]) -> Path:
         "model": {"base": "base"},
         "adapter": {"rank": 4},
         "server": {"listen": f"127.0.0.1:{free_port()}", "state": "state"},
+        "web": {"listen": ""},
     }
     for name, change in changes.items():
         sections[name] = sections.get(name, {}) | dict(change)

@@ -36,3 +36,45 @@ def write_base(folder: Path, *, hidden: int, intermediate: int, spread: float = 
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def write_encoder(folder: Path, *, hidden: int = 32, intermediate: int = 64) -> Path:
+    """A random BERT of 2 layers without a task head, and a tokenizer of one token per letter."""
+    import string
+
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]",
+               "sep_token": "[SEP]", "mask_token": "[MASK]"}  # fmt: skip
+    signs = [*special.values(), *string.ascii_lowercase, *string.digits, *string.punctuation]
+    vocabulary = {sign: i for i, sign in enumerate(signs)}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    letters.normalizer = normalizers.Lowercase()
+    letters.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Split("", "isolated")]
+    )
+    letters.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **special,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""sketchfleet-trial: run, plot, demo, compare, capped. Imports nothing heavy until it runs."""
+"""sketchfleet-trial: run, plot, demo, compare, capped, study. Imports nothing heavy before."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--out", type=Path, default=Path("demo-output"), metavar="FOLDER")
     demo.add_argument("--rounds", type=int, default=6, help="training rounds (default: 6)")
+    demo.add_argument("--local-only", action="store_true",
+                      help="each device also trains alone, to compare; twice as long")  # fmt: skip
     compare = commands.add_parser(
         "compare", help="several methods on the same devices, data and seed: a table and a picture"
     )
@@ -51,6 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     capped.add_argument("--out", type=Path, default=Path("capped-output"), metavar="FOLDER")
     capped.add_argument("--rounds", type=int, default=6, help="training rounds (default: 6)")
+    study = commands.add_parser(
+        "study", help="many simulated runs by design: what they say, how surely (docs/studies.md)"
+    )
+    study.add_argument("name", choices=("compression-fairness", "methods", "rank-shift"))
+    study.add_argument("--config", type=Path, metavar="study.toml",
+                       help="the study's settings (default: as shipped)")  # fmt: skip
+    study.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+                       help="for runs and report; a study that was stopped goes on")  # fmt: skip
+    study.add_argument("--jobs", type=int, default=2, help="worker processes (default: 2)")
+    study.add_argument("--quick", action="store_true", help="the shipped quick settings")
+    study.add_argument("--data", type=Path, metavar="FOLDER",
+                       help="rank-shift: the folder of the labelled files, as GLUE's")  # fmt: skip
     for command in (demo, compare):
         command.add_argument(
             "--data", action="append", default=[], metavar="NAME=FOLDER", help=OWN_DATA
@@ -69,7 +83,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "demo":
             from trials.demo import demo as run_demo
 
-            return run_demo(args.out, args.rounds, args.data)
+            return run_demo(args.out, args.rounds, args.data, local_only=args.local_only)
+        if args.command == "study" and args.name == "rank-shift":
+            from trials.study.rank_shift_report import study_rank_shift
+
+            return study_rank_shift(args.config, args.out, args.jobs, args.quick, args.data)
+        if args.command == "study":
+            from trials.study.command import study as run_study
+
+            return run_study(args.name, args.config, args.out, args.jobs, args.quick)
         if args.command == "capped":
             from trials.capped import capped as run_capped
 
@@ -82,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sketchfleet-trial: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "pyarrow", "rich", "sqlalchemy"):
+        if error.name not in ("matplotlib", "pyarrow", "rich", "scipy", "sqlalchemy"):
             raise
         print(f"sketchfleet-trial: {MissingExtraError(str(error.name), 'trial')}", file=sys.stderr)
         return 1

@@ -35,7 +35,14 @@ from coordinator.report import (
 from coordinator.serve import open_state
 from coordinator.store.records import Records
 from coordinator.tables import table
-from trials.fleet import DeviceSetup, FleetError, LocalFleet, environment, fresh_folder
+from trials.fleet import (
+    DeviceSetup,
+    FleetError,
+    LocalFleet,
+    environment,
+    free_port,
+    fresh_folder,
+)
 from trials.picture import loss_picture
 
 NANO_CODE = Path(__file__).resolve().parent / "nano_code"
@@ -105,8 +112,8 @@ def own_data(setups: Sequence[DeviceSetup], chosen: Sequence[str]) -> list[Devic
     return list(by_name.values())
 
 
-def demo(out: Path, rounds: int, chosen: Sequence[str]) -> int:
-    """Runs it; returns the exit code."""
+def demo(out: Path, rounds: int, chosen: Sequence[str], *, local_only: bool = False) -> int:
+    """Runs it; returns the exit code. `local_only`: every device also trains alone beside it."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
     folder = fresh_folder(out).resolve()
     setups = own_data(devices(), chosen)
@@ -114,8 +121,12 @@ def demo(out: Path, rounds: int, chosen: Sequence[str]) -> int:
         f"[bold]Sketchfleet demo[/]: one coordinator and {len(setups)} agents on loopback, "
         f"{rounds} rounds. Logs and state in {escape(str(out))}."
     )
-    started = time.monotonic()
-    with LocalFleet(folder, run_sections(rounds), setups) as fleet:
+    started, sections = time.monotonic(), run_sections(rounds)
+    if local_only:
+        sections["evaluation"]["local_only"] = True
+        sections["round"]["round_s"] *= 2
+    with LocalFleet(folder, sections, setups, web_port=free_port()) as fleet:
+        console.print(f"Watch it in a browser: [bold]http://127.0.0.1:{fleet.web_port}/[/]")
         fleet.start()
         records, blobs = open_state(fleet.state)
         _watch(fleet, records, console, started, rounds)

@@ -100,15 +100,17 @@ class LocalFleet:
     """Processes under `folder`; use as a context manager, which stops what still runs."""
 
     folder: Path
-    run: Sections  # run.toml less [server]
+    run: Sections  # run.toml less [server] and [web]
     devices: Sequence[DeviceSetup]
     port: int = field(default_factory=free_port)
+    web_port: int = 0  # of the dashboard; 0: none
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __enter__(self) -> LocalFleet:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_toml(self.folder / "run.toml", {
             **self.run, "server": {"listen": f"127.0.0.1:{self.port}", "state": "coordinator"},
+            "web": {"listen": f"127.0.0.1:{self.web_port}" if self.web_port else ""},
         })  # fmt: skip
         return self
 

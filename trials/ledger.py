@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from coordinator.ledger_files import LedgerFileError, read_parquet
+from coordinator.ledger_types import NOTHING_HEARD, Contribution
 from coordinator.phases import PHASES, DeviceTime, device_times
 from coordinator.store.records import AssignmentRecord, DeviceRecord, Records, RoundRecord
 from profiles.errors import SketchfleetError
@@ -22,14 +23,15 @@ from trials.emulation import EmulatedLink
 
 PLANNED = ("fetch", "load", "train", "evaluate", "push")  # phases that a plan foresees
 LOSSES = (("global", "received"), ("slice", "received"), ("slice", "trained"),
-          ("personal", "trained"))  # fmt: skip
+          ("personal", "trained"), ("local", "trained"))  # fmt: skip
 SAMPLE_S = 1.0
 
 _TEXT, _WHOLE, _REAL, _FLAG = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 LEDGER = pa.schema([
     ("run", _TEXT), ("method", _TEXT), ("round", _WHOLE), ("evaluate_only", _FLAG),
     ("device", _TEXT), ("board", _TEXT), ("outcome", _TEXT), ("message", _TEXT),
-    ("late", _FLAG), ("share", _REAL), ("reason", _TEXT),
+    ("late", _FLAG), ("share", _REAL), ("weight", _REAL), ("alignment", _REAL),
+    ("reason", _TEXT),
     ("rank", _WHOLE), ("k", _WHOLE), ("encoding", _TEXT), ("density", _REAL), ("group", _WHOLE),
     ("compressed", _FLAG), ("precision", _TEXT), ("local_steps", _WHOLE),
     ("opened_at", _REAL), ("closed_at", _REAL), ("merged_at", _REAL), ("begun_at", _REAL),
@@ -59,25 +61,14 @@ class LedgerError(SketchfleetError):
     """A folder holds no trial, or one that another version wrote."""
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: Sequence[Row]) -> None:
-    """Writes rows as Parquet; the file appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
-    temporary.replace(path)
-
-
 def read_rows(path: Path, schema: pa.Schema) -> list[Row]:
     """Rows as they were written. Raises `LedgerError`."""
+    if not path.exists():
+        raise LedgerError(f"{path.parent} holds no trial: {path.name} is missing")
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise LedgerError(f"{path.parent} holds no trial: {path.name} is missing") from error
-    except (OSError, pa.ArrowException) as error:
-        raise LedgerError(f"{path} cannot be read: {error}") from error
-    if missing := sorted(set(schema.names) - set(table.column_names)):
-        raise LedgerError(f"{path} lacks {missing[0]}; it was written by another version")
-    rows: list[Row] = table.select(schema.names).to_pylist()
-    return rows
+        return read_parquet(path, schema)
+    except LedgerFileError as error:
+        raise LedgerError(str(error)) from error
 
 
 def ledger_rows(records: Records, run_id: str, links: Sequence[Row] = ()) -> list[Row]:
@@ -86,7 +77,7 @@ def ledger_rows(records: Records, run_id: str, links: Sequence[Row] = ()) -> lis
     if run is None:
         return []
     history = records.all_rounds(run_id)
-    given = records.assignments(run_id)
+    given, gave = records.assignments(run_id), records.contributions(run_id)
     profiles = {d.device_id: d.profile for d in records.all_devices() if d.profile is not None}
     times = {(t.round, t.device_id): t for t in device_times(given, history)}
     by_round = {r.round: r for r in history}
@@ -109,6 +100,7 @@ def ledger_rows(records: Records, run_id: str, links: Sequence[Row] = ()) -> lis
             "run": run_id, "method": a.method, "rank": run.spec.rank,
             "board": "" if profile is None else profile.board,
             **_of_round(by_round[a.round], record), **_of_plan(record), **_of_report(record),
+            **_of_contribution(gave.get(a.assignment_id)),
             **({} if time_ is None else _of_time(time_)),
             "link_up_bps": link[0], "link_down_bps": link[1],
         })  # fmt: skip
@@ -120,11 +112,17 @@ def _of_round(round_: RoundRecord, record: AssignmentRecord) -> Row:
     return {
         "round": a.round, "evaluate_only": round_.evaluate_only, "device": a.device_id,
         "late": record.merged_in is not None and record.merged_in > a.round,
-        "share": detail.get("share", {}).get(a.device_id, 0.0), "reason": a.reason,
+        "reason": a.reason,
         "opened_at": round_.opened_at, "closed_at": round_.closed_at,
         "merged_at": round_.merged_at, "received_at": record.received_at,
         "deadline_s": a.deadline_s, "merge_s": detail.get("merge_s"),
     }  # fmt: skip
+
+
+def _of_contribution(gave: Contribution | None) -> Row:
+    if gave is None:
+        return {"share": 0.0}
+    return {"share": gave.share, "weight": gave.weight, "alignment": gave.alignment}
 
 
 def _of_plan(record: AssignmentRecord) -> Row:
@@ -142,7 +140,7 @@ def _of_plan(record: AssignmentRecord) -> Row:
 def _of_report(record: AssignmentRecord) -> Row:
     report = record.report
     if report is None:
-        return {"outcome": "nothing heard", "message": ""}
+        return {"outcome": NOTHING_HEARD, "message": ""}
     row: Row = {
         key: getattr(report, key)
         for key in ("outcome", "message", "train_loss", "train_examples", "train_tokens",

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from coordinator.ledger_files import write_parquet
 from coordinator.report import build_report, fairness_lines
 from coordinator.serve import open_state
 from coordinator.store.records import Records
@@ -34,7 +35,6 @@ from trials.ledger import (
     Row,
     estimated_links,
     ledger_rows,
-    write_rows,
 )
 from trials.remote import RemoteFleet
 from trials.results import Facts, versions, write_facts
@@ -292,8 +292,8 @@ def _write(tried: _Tried) -> None:
                 (tried.folder / "report.json").write_text(json.dumps(report.plain(), indent=1))
         finally:
             records.close()
-    write_rows(tried.folder / "ledger.parquet", LEDGER, rows)
-    write_rows(tried.folder / "links.parquet", LINKS, tried.links)
+    write_parquet(tried.folder / "ledger.parquet", LEDGER, rows)
+    write_parquet(tried.folder / "links.parquet", LINKS, tried.links)
     write_facts(tried.folder, Facts.model_validate(facts))
 
 

@@ -269,6 +269,12 @@ class Method(ABC):
         """The device's model beyond base and `current.side`: what an exact merge averages."""
         return update.trained.product
 
+    def row_factors(
+        self, rank: int, updates: Sequence[ModuleUpdate], shares: Shares
+    ) -> list[NDArray[np.float64]]:
+        """The factor that each row (k,) of each update is added with."""
+        return [np.full(u.k, share) for u, share in zip(updates, shares, strict=True)]
+
     # --- the merge ------------------------------------------------------------------------------
 
     def merge_module(

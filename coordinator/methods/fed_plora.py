@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.lowrank import Bundle, Rows, stack
 from coordinator.methods.base import (
@@ -19,7 +20,7 @@ from coordinator.methods.base import (
     Scaling,
     Shares,
 )
-from coordinator.methods.means import Steps, mean_over_owners
+from coordinator.methods.means import Steps, mean_over_owners, owners_factors
 
 
 class FedPLoRA(RowMethod):
@@ -44,6 +45,12 @@ class FedPLoRA(RowMethod):
     def step(self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares) -> Steps:
         """The mean change over owners."""
         return mean_over_owners(current, updates, shares)
+
+    def row_factors(
+        self, rank: int, updates: Sequence[ModuleUpdate], shares: Shares
+    ) -> list[NDArray[np.float64]]:
+        """Of the devices that hold the row."""
+        return owners_factors(rank, updates, shares)
 
     def branch(self, state: ModuleState, rows: Rows) -> Bundle | None:
         """The rows that the device does not train, with the side branch if there is one."""

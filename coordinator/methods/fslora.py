@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coordinator.methods.base import (
     MethodOptions,
     ModuleState,
@@ -18,7 +21,12 @@ from coordinator.methods.base import (
     Shares,
     UnknownMethodError,
 )
-from coordinator.methods.means import Steps, mean_over_owners, sum_of_changes
+from coordinator.methods.means import (
+    Steps,
+    mean_over_owners,
+    owners_factors,
+    sum_of_changes,
+)
 
 Rule = Literal["none", "ipw", "coverage"]
 
@@ -55,6 +63,16 @@ class FSLoRA(RowMethod):
         if self.normalisation == "ipw":
             shares = shares * [current.adapter.rank / update.k for update in updates]
         return sum_of_changes(current, updates, shares)
+
+    def row_factors(
+        self, rank: int, updates: Sequence[ModuleUpdate], shares: Shares
+    ) -> list[NDArray[np.float64]]:
+        """Under the normalisation."""
+        if self.normalisation == "coverage":
+            return owners_factors(rank, updates, shares)
+        if self.normalisation == "ipw":
+            shares = shares * [rank / update.k for update in updates]
+        return super().row_factors(rank, updates, shares)
 
 
 def resolve(normalisation: Normalisation, optimizer: str) -> Rule:

@@ -49,6 +49,15 @@ def covered(rank: int, updates: Sequence[ModuleUpdate], shares: Shares) -> NDArr
     return cover / left_sum(shares)
 
 
+def owners_factors(
+    rank: int, updates: Sequence[ModuleUpdate], shares: Shares
+) -> list[NDArray[np.float64]]:
+    """What `mean_over_owners` adds each row (k,) of each update with."""
+    cover = covered(rank, updates, shares)
+    cover[cover == 0] = 1
+    return [s / cover[u.rows] for u, s in zip(updates, shares, strict=True)]
+
+
 def mean_over_owners(
     current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares
 ) -> Steps:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coordinator.methods.base import ModuleState, ModuleUpdate, RowMethod, Shares
-from coordinator.methods.means import Steps, mean_over_owners
+from coordinator.methods.means import Steps, mean_over_owners, owners_factors
 
 
 class RBLA(RowMethod):
@@ -23,3 +26,9 @@ class RBLA(RowMethod):
     def step(self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares) -> Steps:
         """The mean change over owners."""
         return mean_over_owners(current, updates, shares)
+
+    def row_factors(
+        self, rank: int, updates: Sequence[ModuleUpdate], shares: Shares
+    ) -> list[NDArray[np.float64]]:
+        """Of the devices that hold the row."""
+        return owners_factors(rank, updates, shares)

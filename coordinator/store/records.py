@@ -6,6 +6,7 @@ seconds. Facts travel in and out as the dataclasses of `protos.contract`, kept a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import threading
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy.dialects.sqlite import insert
 
+from coordinator.ledger_types import Contribution
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 from protos.contract import (
@@ -29,7 +32,8 @@ from protos.contract import (
     from_json,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+NONE_GIVEN: Mapping[str, Contribution] = MappingProxyType({})
 _meta = sql.MetaData()
 
 runs = sql.Table(
@@ -84,6 +88,17 @@ assignments = sql.Table(
     sql.Column("received_at", sql.Float),
     sql.Column("merged_in", sql.Integer),
     sql.UniqueConstraint("run_id", "round", "device_id"),
+)  # fmt: skip
+contributions = sql.Table(
+    "contributions", _meta,
+    sql.Column("assignment_id", sql.String, primary_key=True),
+    sql.Column("run_id", sql.String, nullable=False, index=True),
+    sql.Column("merged_in", sql.Integer, nullable=False),
+    sql.Column("weight", sql.Float, nullable=False),
+    sql.Column("share", sql.Float),
+    sql.Column("alignment", sql.Float),
+    sql.Column("norm", sql.Float),
+    sql.Column("components", sql.LargeBinary, nullable=False),
 )  # fmt: skip
 uploads = sql.Table(
     "uploads", _meta,
@@ -346,9 +361,12 @@ class Records:
 
     def publish_round(
         self, run_id: str, round_: int, files: Mapping[str, BlobRef], merged: Sequence[str],
-        detail: dict[str, Any], at: float,
+        detail: dict[str, Any], at: float, given: Mapping[str, Contribution] = NONE_GIVEN,
     ) -> None:  # fmt: skip
-        """Commits the merged model (no files: it stays as it was), receipts and ledger facts."""
+        """Commits the merged model (no files: it stays as it was), receipts and ledger facts.
+
+        `given`: what each update gave to the merge, by assignment id.
+        """
         with self._db() as db:
             if files:
                 _put_version(db, run_id, round_ + 1, files)
@@ -357,6 +375,11 @@ class Records:
                 .where(assignments.c.assignment_id.in_(list(merged)))
                 .values(merged_in=round_)
             )
+            for assignment_id, gave in given.items():
+                db.execute(insert(contributions).values(
+                    assignment_id=assignment_id, run_id=run_id, merged_in=round_,
+                    **dataclasses.asdict(gave),
+                ))  # fmt: skip
             db.execute(
                 rounds.update()
                 .where((rounds.c.run_id == run_id) & (rounds.c.round == round_))
@@ -436,6 +459,17 @@ class Records:
                 .where(assignments.c.assignment_id == assignment_id)
             ).one()  # fmt: skip
             return str(standing), bool(kept.rowcount), bool(reported)
+
+    def contributions(self, run_id: str) -> dict[str, Contribution]:
+        """What every merged update of a run gave, by assignment id."""
+        query = contributions.select().where(contributions.c.run_id == run_id)
+        with self._db() as db:
+            return {
+                row.assignment_id: Contribution(
+                    row.weight, row.share, row.alignment, row.norm, row.components
+                )
+                for row in db.execute(query)
+            }
 
     # --- uploads --------------------------------------------------------------------------------
 

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from edge_agent.training.memory import OutOfMemoryError, give_back, is_out_of_memory
 from profiles.errors import MissingExtraError
-from profiles.model import ModelError
-from protos.contract import Precision
+from profiles.model import ENCODERS, ModelError
+from protos.contract import AdapterSpec, Classification, Precision
+from protos.head import head_tensors, initial_head
 
 QUANTISED: tuple[Precision, ...] = ("nf4", "int8")
 FIRST_BF16_CARD = (8, 0)  # CUDA compute capability: Ampere; Jetsons from Orin on
@@ -40,6 +47,7 @@ class Backbone:
     tokenizer: Any
     compute_dtype: torch.dtype
     device: torch.device
+    labels: tuple[str, ...] = ()  # that it tells apart; none: it predicts the next token
 
     @property
     def separator_id(self) -> int:
@@ -53,6 +61,50 @@ class Backbone:
         """Token ids of each text, without special tokens."""
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
+
+    @property
+    def padding_id(self) -> int:
+        """The token that stands where there is none."""
+        found = self.tokenizer.pad_token_id
+        return self.separator_id if found is None else int(found)
+
+    @property
+    def most_positions(self) -> int | None:
+        """How long a sequence may be; None where positions are not learnt one by one."""
+        config = self.model.config
+        if config.model_type not in ENCODERS:
+            return None
+        found = int(config.max_position_embeddings)
+        # RoBERTa's first position comes after its padding token's.
+        return found - self.padding_id - 1 if config.model_type == "roberta" else found
+
+    def encode_joined(
+        self, texts: Sequence[tuple[str, ...]], most: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """(token ids, segments) of texts, all single or all pairs, with special tokens.
+
+        `most` tokens at most; the longer text of a pair is shortened at its end.
+        """
+        if self.model.config.model_type in ENCODERS:
+            # All at once: single texts and pairs do not mix in a call, nor in a file.
+            sides = [list(side) for side in zip(*texts, strict=True)]
+            made = self.tokenizer(*sides, truncation=True, max_length=most)
+            ids = made["input_ids"]
+            kinds = made.get("token_type_ids") or [[0] * len(one) for one in ids]
+            return list(zip(ids, kinds, strict=True))
+        encoded = iter(self.encode([part for text in texts for part in text]))
+        return [self._joined([next(encoded) for _ in text], most) for text in texts]
+
+    def _joined(self, parts: list[list[int]], most: int) -> tuple[list[int], list[int]]:
+        """A decoder classifies at the last token, so that no separator follows the last text."""
+        if len(parts) == 1:
+            ids = parts[0][:most] or [self.separator_id]
+        else:
+            first, second = parts
+            room = most - 1
+            kept = min(len(second), max(room - len(first), room // 2))
+            ids = [*first[: room - kept], self.separator_id, *second[:kept]]
+        return ids, [0] * len(ids)
 
     def checkpointing(self, wanted: bool) -> None:
         """Turns activation checkpointing of the decoder layers on or off."""
@@ -110,8 +162,16 @@ def flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(tell.is_flash_attn_2_available())
 
 
-def load_base(folder: Path, precision: Precision, device: torch.device) -> Backbone:
+def load_base(
+    folder: Path,
+    precision: Precision,
+    device: torch.device,
+    spec: AdapterSpec | None = None,
+) -> Backbone:
     """Loads the model and tokenizer of `folder` onto `device`, frozen.
+
+    spec: of the run. Where it classifies, the model has a task head drawn from the run's seed, in
+    place of any other; else it predicts the next token.
 
     "nf4" is 4-bit NormalFloat with double quantisation, "int8" is LLM.int8; the rest of such a
     model, and the sums, are in the compute dtype. "bf16" on hardware without bf16 units is turned
@@ -124,18 +184,23 @@ def load_base(folder: Path, precision: Precision, device: torch.device) -> Backb
     """
     _quieten()
     dtype = torch.float32 if precision == "fp32" else compute_dtype(device)
+    task = None if spec is None else spec.classification
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            quantization_config=_quantisation(precision, dtype),
-            **options,
-        )
+        how: dict[str, Any] = options | {
+            "dtype": dtype,
+            "device_map": {"": device},
+            "use_safetensors": True,
+            "quantization_config": _quantisation(precision, dtype, task),
+        }
+        model: Any
+        if spec is None or task is None:
+            model = AutoModelForCausalLM.from_pretrained(folder, **how)
+        else:
+            model = _load_classifier(folder, task, how)
+            _draw_head(model, spec)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except MissingExtraError:
+    except (MissingExtraError, BackboneError):
         raise
     except Exception as error:  # transformers raises many unrelated types
         if is_out_of_memory(error):
@@ -154,10 +219,48 @@ def load_base(folder: Path, precision: Precision, device: torch.device) -> Backb
         _settle_quantised_layers(model, dtype)
     if flash_attention(device, dtype):
         _use_flash(model)
-    return Backbone(model, tokenizer, dtype, device)
+    found = Backbone(model, tokenizer, dtype, device, () if task is None else task.labels)
+    if task is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = found.padding_id  # where a decoder looks for the last token
+    return found
 
 
-def _quantisation(precision: Precision, dtype: torch.dtype) -> Any:
+def _load_classifier(folder: Path, task: Classification, options: dict[str, Any]) -> Any:
+    """A sequence classifier whose head is still any. Raises `BackboneError`."""
+    load: Any = AutoModelForSequenceClassification.from_pretrained  # untyped
+    model, found = load(
+        folder,
+        num_labels=len(task.labels),
+        id2label=dict(enumerate(task.labels)),
+        label2id={label: i for i, label in enumerate(task.labels)},
+        problem_type="single_label_classification",
+        ignore_mismatched_sizes=True,  # a head for other labels, which is replaced anyway
+        output_loading_info=True,
+        **options,
+    )
+    lacking = [n for n in sorted(found["missing_keys"]) if not n.startswith(f"{task.head}.")]
+    if lacking:  # torch would draw them, on every device others
+        raise BackboneError(
+            f"the base model in {folder} lacks {lacking[0]}, which a classifier of its kind needs; "
+            "use a base that was saved with it"
+        )
+    # Of a frozen base dropout only adds noise, and keeps attention off its fast kernels.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _draw_head(model: Any, spec: AdapterSpec) -> None:
+    with torch.no_grad():
+        for tensor in head_tensors(spec):
+            weight = model.get_parameter(tensor.name)
+            weight.copy_(torch.from_numpy(initial_head(spec.seed, tensor)))
+
+
+def _quantisation(
+    precision: Precision, dtype: torch.dtype, task: Classification | None = None
+) -> Any:
     if precision not in QUANTISED:
         return None
     try:
@@ -165,9 +268,11 @@ def _quantisation(precision: Precision, dtype: torch.dtype) -> Any:
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "train") from error
     make: Any = BitsAndBytesConfig  # untyped
+    kept = {} if task is None else {"llm_int8_skip_modules": [task.head]}  # the head is trained
     if precision == "int8":
-        return make(load_in_8bit=True)
+        return make(load_in_8bit=True, **kept)
     return make(
+        **kept,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

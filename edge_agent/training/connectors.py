@@ -16,6 +16,7 @@ from edge_agent.training.corpus import reasons, source_files
 from edge_agent.training.dataset_files import dataset_files
 from edge_agent.training.documents import Corpus, CorpusError, Document, Split, gather
 from edge_agent.training.git_history import GitRange, git_documents
+from edge_agent.training.labelled import Labelled, labelled_documents
 from edge_agent.training.problem_files import read_problems
 from edge_agent.training.records import Keys, jsonl_records, parquet_records, record_documents
 
@@ -52,13 +53,15 @@ class DataSelection:
     keys: Keys = field(default_factory=Keys)
     git: GitRange | None = None
     problems: Problems | None = None
+    labelled: Labelled | None = None
 
     @property
     def named(self) -> str:
         """What the owner pointed at, for a message."""
         git = () if self.git is None else (self.git.repository,)
         dataset = (self.dataset,) if self.dataset else ()
-        return ", ".join((*self.include, *self.jsonl, *self.parquet, *dataset, *git))
+        labelled = () if self.labelled is None else self.labelled.train + self.labelled.held_out
+        return ", ".join((*self.include, *self.jsonl, *self.parquet, *dataset, *git, *labelled))
 
 
 def collect(data: DataSelection, held_out_share: float) -> Corpus:
@@ -124,8 +127,20 @@ def documents(
             for path in _dataset(data, name):
                 parquet = path.suffix == ".parquet"
                 yield from _records(path, parquet, data, held_out_share, skipped, split)
+    if data.labelled is not None:
+        yield from _labelled(data.labelled, held_out_share, skipped)
     if data.git is not None:
         yield from git_documents(data.git, skipped, languages=data.languages)
+
+
+def _labelled(data: Labelled, held_out_share: float, skipped: Counter[str]) -> Iterator[Document]:
+    apart: Split | None = "train" if data.held_out else None
+    chosen = [(path, apart) for path in _files(data.train, "labelled")]
+    chosen += [(path, "held_out") for path in _files(data.held_out, "labelled_held_out")]
+    for path, split in chosen:
+        yield from labelled_documents(
+            path, data.columns, skipped, held_out_share=held_out_share, split=split
+        )
 
 
 def _records(

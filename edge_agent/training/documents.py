@@ -51,6 +51,7 @@ class Document:
     split: Split
     origin: str  # where it came from; for local messages only, never sent
     together: bool = False  # a prompt with its completion: is not cut apart
+    label: str | None = None  # of a text or a pair of texts to be classified
 
     @property
     def text(self) -> str:

@@ -24,7 +24,8 @@ from protos.layout import Parts
 from protos.transfer import write_durably
 
 VERSION = 1
-GROUPS = ("slice", "personal", "side", "residual")  # fields of a home, and names in its file
+# Fields of a home, and names in its file.
+GROUPS = ("slice", "personal", "side", "residual", "local")
 MOMENT = "moment."
 
 Rows = Mapping[str, NDArray[np.int64]]
@@ -39,11 +40,12 @@ class HomeError(SketchfleetError):
 
 @dataclass(frozen=True, eq=False)
 class Home:
-    """Everything but `residual` belongs to `rows`, those of the slice that was trained last.
+    """Everything but `residual` and `local` belongs to `rows`, those of the slice trained last.
 
     slice: as it was trained, when parts of it are personal; personal: Ditto's own adapter; side:
     the frozen branch beside these two; moments: the optimiser's, by its name for them; residual:
-    what updates left out so far, up (r, m), down (r, n) and core (r, r) by global row.
+    what updates left out so far, up (r, m), down (r, n) and core (r, r) by global row; local: the
+    adapter that is never merged (`local_only`), of rows that are nobody else's.
     """
 
     round: int = 0
@@ -54,11 +56,12 @@ class Home:
     side: dict[str, Parts] = field(default_factory=dict)
     moments: dict[str, dict[str, Parts]] = field(default_factory=dict)
     residual: dict[str, Parts] = field(default_factory=dict)
+    local: dict[str, Parts] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to keep."""
-        return not (self.slice or self.personal or self.moments or self.residual)
+        return not (self.slice or self.personal or self.moments or self.residual or self.local)
 
     def at(self, rows: Rows) -> Home:
         """The home less the modules that it holds other rows of; dense tensors have no rows."""

@@ -1,7 +1,7 @@
 """One local round, put together from the other files of this room as its assignment declares.
 
 Knows the order of things: evaluate the whole adapter, train the slice, train the device's own
-adapter, write what leaves and what stays; and when to write down how far it is. It asks no
+adapters, write what leaves and what stays; and when to write down how far it is. It asks no
 method's name, and knows no processes or coordinators: paths and facts come in with the job.
 """
 
@@ -26,6 +26,7 @@ from edge_agent.training.evaluation import measure, spread
 from edge_agent.training.feedback import PackedUpdate, pack_update
 from edge_agent.training.home import Home, read_home, write_home
 from edge_agent.training.local_objective import Term, kept_rows, pull, tail_product
+from edge_agent.training.local_only import starting_local, trained_locally
 from edge_agent.training.memory import MemoryWatch, give_back
 from edge_agent.training.moments import Moments, carried_over, read_moments, restore_moments
 from edge_agent.training.optimizers import make_optimizer
@@ -40,7 +41,7 @@ from edge_agent.training.resume import (
     restore,
     write_snapshot,
 )
-from edge_agent.training.rows import Rows
+from edge_agent.training.rows import Sequences
 from edge_agent.training.slice import (
     attached,
     read_parts,
@@ -136,7 +137,7 @@ class _LocalRound:
     job: TrainJob
     base: Backbone
     rows: LocalRows
-    held_out: Rows
+    held_out: Sequences
     watch: MemoryWatch
     emit: Emit
     found: Snapshot | None  # the checkpoint that it goes on from; None once that is done
@@ -153,9 +154,8 @@ class _LocalRound:
         if self.found is not None:
             self.so_far = self.found.so_far
             self.paused_before_s = self.found.so_far.paused_s
-            self.resumed_step = self.found.training.steps.done
-            if self.found.phase == "personal":
-                self.resumed_step += self.job.assignment.local_steps
+            before = len(self.so_far.done) * self.job.assignment.local_steps
+            self.resumed_step = before + self.found.training.steps.done
 
     def evaluate_global(self, home: Home) -> None:
         """The adapter that all devices share, with this device's personal parts."""
@@ -175,7 +175,7 @@ class _LocalRound:
                 self._evaluate(model, "global", "received")
 
     def train(self, home: Home) -> None:
-        """Trains the slice, and the device's own adapter after it; writes update and home."""
+        """Trains the slice, and the device's own adapters after it; writes update and home."""
         job, task, spec = self.job, self.job.assignment, self.job.spec
         assert job.update_path is not None
         rows = {m.name: slice_rows(spec, task, m.name) for m in spec.modules}
@@ -186,24 +186,30 @@ class _LocalRound:
             files = read_files(spec, task.slice, job.slice_paths)
         received = starting_slice(spec, task, files, here)
         side = self._read_side(task.side, job.side_path)
-        personal: dict[str, Parts] = {}
+        personal: Mapping[str, Parts] = {}
+        goes_on = None if self.found is None else self.found.phase  # those before it are done
         with (
             side_branch(self.base.model, side, self.base.compute_dtype),
             self._adapter(received, task.rank, task.alpha, task.trained) as model,
         ):
-            if self.found is not None and self.found.phase == "personal":
+            if self.found is not None and goes_on != "slice":
                 trained, moments = self.found.trained, self.found.moments
             else:
                 moments = self._train_slice(model, here.moments)
                 self._evaluate(model, "slice", "trained")
                 trained = read_parts(model)
-            if job.personal_weight > 0:
+            if self.found is not None and goes_on == "local":
+                personal = self.found.personal
+            elif job.personal_weight > 0:
                 write_parts(model, received)
                 term = pull(model, job.personal_weight)
                 write_parts(model, starting_personal(task, received, here))
                 self._steps(model, self._optimizer(model), "personal", trained, moments, term=term)
                 self._evaluate(model, "personal", "trained")
                 personal = read_parts(model)
+        local = home.local
+        if task.local_only:
+            local = self._train_alone(local, trained, moments, personal)
         packing = time.perf_counter()
         delta = subtract(trained, received, task.update.parts)
         packed = self.packed = pack_update(spec, task, delta, rows, home.residual)
@@ -214,10 +220,11 @@ class _LocalRound:
             alpha=task.alpha,
             rows=rows,
             slice=dict(trained) if task.personal else {},
-            personal=personal,
+            personal=dict(personal),
             side=side if task.personal or personal else {},
             moments=moments,
             residual=packed.residual,
+            local=local,
         )
         if job.home_out is not None and not kept.is_empty:
             write_home(job.home_out, kept, spec)
@@ -278,6 +285,23 @@ class _LocalRound:
             self.so_far = replace(self.so_far, kept_rank=first)
         return carried_over(moments, read_moments(model, optimizer)) if task.keeps_state else {}
 
+    def _train_alone(
+        self,
+        kept: Mapping[str, Parts],
+        trained: Mapping[str, Parts],
+        moments: Moments,
+        personal: Mapping[str, Parts],
+    ) -> dict[str, Parts]:
+        """Trains the adapter that is never merged, from what was kept of it."""
+        task, spec = self.job.assignment, self.job.spec
+        give_back()  # the slice's: one adapter at a time is what was planned for
+        values = starting_local(spec, task.rank, kept)
+        with self._adapter(values, task.rank, spec.alpha, trained_locally(spec)) as model:
+            del values
+            self._steps(model, self._optimizer(model), "local", trained, moments, personal)
+            self._evaluate(model, "local", "trained")
+            return read_parts(model)
+
     def _steps(
         self,
         model: Any,
@@ -285,6 +309,7 @@ class _LocalRound:
         phase: Phase,
         trained: Mapping[str, Parts] | None = None,
         moments: Moments | None = None,
+        personal: Mapping[str, Parts] | None = None,
         *,
         objective: Objective | None = None,
         term: Term | None = None,
@@ -302,7 +327,8 @@ class _LocalRound:
         def save() -> None:
             training = capture(model, optimizer, scaler, steps)
             so_far = replace(self.so_far, paused_s=self._paused_s)
-            self._save(Snapshot(phase, so_far, training, trained or {}, moments or {}))
+            before = (trained or {}, moments or {}, personal or {})
+            self._save(Snapshot(phase, so_far, training, *before))
 
         def after_step(log_: StepLog) -> None:
             self.watch.check()

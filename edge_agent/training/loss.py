@@ -9,10 +9,12 @@ adapters and no data.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +23,15 @@ from edge_agent.training.batches import to_batch
 from edge_agent.training.rows import Rows
 
 CHUNK_TOKENS = 256
+
+
+class Counted(NamedTuple):
+    """What a model predicts of b rows, over the tokens of each that count."""
+
+    nats: NDArray[np.float64]  # (b,) summed cross-entropy
+    right: int  # tokens of all rows that were the most likely one
+    tokens: NDArray[np.int64]  # (b,) predicted
+    likeliest: NDArray[np.int64] | None = None  # (b,) labels, where those are what is predicted
 
 
 def next_token_loss(model: Any, rows: Rows) -> Tensor:
@@ -41,21 +52,24 @@ def next_token_loss(model: Any, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def count_next_tokens(model: Any, rows: Rows) -> tuple[float, int, int]:
-    """Summed cross-entropy in nats, tokens predicted right, and tokens predicted.
-
-    Over the tokens that count; no gradients. `model` as for `next_token_loss`.
-    """
+def count_next_tokens(model: Any, rows: Rows) -> Counted:
+    """What the model makes of each row; no gradients. `model` as for `next_token_loss`."""
     head, hidden, targets = _to_predict(model, rows)
-    nats, right = 0.0, 0
+    nats, right = [], 0
     for chunk, wanted in _chunks(hidden, targets):
         logits = head(chunk)
         best, likeliest = logits.max(-1)
         there = logits.gather(1, wanted[:, None])[:, 0]
         rest = logits.sub_(best[:, None]).exp_().sum(-1).log()
-        nats += float((rest + best - there).sum())
+        nats.append((rest + best - there).cpu())
         right += int((likeliest == wanted).sum())
-    return nats, right, len(targets)
+    which = np.nonzero(rows.counted[:, 1:])[0]  # the row of each target
+    each = torch.cat(nats).numpy() if nats else None
+    return Counted(
+        np.bincount(which, weights=each, minlength=len(rows)).astype(np.float64),
+        right,
+        np.bincount(which, minlength=len(rows)),
+    )
 
 
 class _Head:

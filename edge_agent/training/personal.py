@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from edge_agent.training.home import Home, HomeError, load_home
 from profiles.errors import MissingExtraError
-from profiles.model import base_tensor, resolve_base
+from profiles.model import resolve_base
 from protos.codecs import Values
 from protos.contract import AdapterSpec
+from protos.head import starting_tensor
 from protos.layout import Parts
 from protos.peft_config import adapter_config
 
@@ -97,7 +98,7 @@ def _whole_tensors(
     base = resolve_base(base_name, spec.base_revision or None)
     tensors = {}
     for tensor in spec.dense:
-        weight = base_tensor(base, tensor.name)
+        weight = starting_tensor(spec, base, tensor.name)
         delta = adapter[tensor.name]["dense"].reshape(weight.shape)
         tensors[f"{PREFIX}.{tensor.name}"] = _float32(weight + delta)
     return tensors

@@ -14,7 +14,6 @@ import torch
 
 from edge_agent.training.backbone import Backbone
 from edge_agent.training.batches import whole_rows
-from edge_agent.training.loss import count_next_tokens
 from edge_agent.training.memory import (
     MemoryWatch,
     OutOfMemoryError,
@@ -23,7 +22,8 @@ from edge_agent.training.memory import (
     is_out_of_memory,
 )
 from edge_agent.training.optimizers import make_optimizer
-from edge_agent.training.rows import Rows
+from edge_agent.training.predictions import count_predictions
+from edge_agent.training.rows import Examples, Sequences
 from edge_agent.training.slice import attached
 from edge_agent.training.steps import make_scaler, train_step
 from profiles.device import ComputePoint, ComputeProfile, GpuProfile
@@ -142,7 +142,7 @@ def _measure_once(
             watch.check()
 
         def forward() -> None:
-            count_next_tokens(model, rows)
+            count_predictions(model, rows)
             watch.check()
 
         model.train()
@@ -154,10 +154,15 @@ def _measure_once(
         )
 
 
-def _random_rows(base: Backbone, request: ProfileRequest) -> Rows:
+def _random_rows(base: Backbone, request: ProfileRequest) -> Sequences:
     shape = (request.micro_batch, request.sequence_tokens)
-    vocabulary = int(base.model.config.vocab_size)
-    return whole_rows(np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int64))
+    vocabulary, draw = int(base.model.config.vocab_size), np.random.default_rng(0)
+    tokens = draw.integers(vocabulary, size=shape, dtype=np.int64)
+    if base.labels:
+        tokens[tokens == base.padding_id] = base.padding_id + 1  # no row is to be shorter
+        labels = draw.integers(len(base.labels), size=len(tokens), dtype=np.int64)
+        return Examples(tokens, np.zeros_like(tokens), np.ones(shape, dtype=np.bool_), labels)
+    return whole_rows(tokens)
 
 
 def _seconds(device: torch.device, once: Callable[[], None], warm: bool) -> float:

@@ -27,7 +27,7 @@ from protos.contract import Evaluation, from_plain, to_plain
 from protos.layout import Parts
 from protos.transfer import sync_folder
 
-VERSION = 1
+VERSION = 2
 MOMENT = "moment."
 CHECKSUM = "crc32"  # of everything before it in the file; the last tensor
 TYPES = {
@@ -39,7 +39,7 @@ TYPES = {
 
 log = logging.getLogger("sketchfleet.trainer")
 
-Phase = Literal["slice", "personal"]
+Phase = Literal["slice", "personal", "local"]  # in the order in which they are trained
 
 
 class SnapshotError(SketchfleetError):
@@ -76,8 +76,9 @@ class Snapshot:
     phase: Phase
     so_far: RoundSoFar
     training: Training
-    trained: Mapping[str, Parts]  # the slice as trained, in the personal phase
+    trained: Mapping[str, Parts]  # the slice as trained, in the phases after its own
     moments: Moments  # and what its optimiser remembers
+    personal: Mapping[str, Parts]  # Ditto's adapter as trained, in the phase after its own
 
 
 def capture(model: Any, optimizer: Any, scaler: Any, steps: StepLog) -> Training:
@@ -180,7 +181,7 @@ def _to_tensors(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, float]
             else:
                 numbers[f"state/{i}/{kind}"] = value
     tensors["random"] = training.steps.random_state
-    groups = {"trained": snapshot.trained}
+    groups = {"trained": snapshot.trained, "personal": snapshot.personal}
     groups |= {f"{MOMENT}{kind}": found for kind, found in snapshot.moments.items()}
     for group, adapter in groups.items():
         for name, parts in adapter.items():
@@ -198,7 +199,7 @@ def _from_tensors(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sn
         if group == "state":
             number, _, kind = rest.partition("/")
             states[int(number)][kind] = value
-        elif group == "trained" or group.startswith(MOMENT):
+        elif group in ("trained", "personal") or group.startswith(MOMENT):
             part, _, name = rest.partition("/")
             groups.setdefault(group, {}).setdefault(name, {})[part] = value.numpy()
     steps = StepLog(list(facts["losses"]), list(facts["seconds"]), tensors["random"])
@@ -209,6 +210,7 @@ def _from_tensors(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sn
             [tensors[f"weight/{i}"] for i in range(count)], states, facts["scaler"], steps
         ),
         trained=groups.pop("trained", {}),
+        personal=groups.pop("personal", {}),
         moments={group.removeprefix(MOMENT): found for group, found in groups.items()},
     )
 

@@ -38,7 +38,7 @@ def attached(
 ) -> Iterator[Any]:
     """A stock PEFT adapter of `rank` rows on the spec's modules, for as long as the block lasts.
 
-    `model`: the base, a transformers causal model. Yields a `PeftModel` whose trainable
+    `model`: the base, a transformers model. Yields a `PeftModel` whose trainable
     parameters, all float32, are those of the `trained` parts; the spec's dense tensors are part
     of it. With `core`, a (k, k) matrix stands between the two factors. On leaving, also by an
     error, the base is as before and the adapter's memory is free. Raises `SliceError` when the
@@ -48,7 +48,8 @@ def attached(
         adapted_layer(model, module.name, module.out_features, module.in_features)
     any_alpha: Any = alpha  # a float; PEFT says int and only divides
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        # PEFT would wrap the head of a classifier, whose tensors are the run's dense ones here.
+        task_type="CAUSAL_LM" if spec.classification is None else None,
         r=rank,
         lora_alpha=any_alpha,
         use_rslora=spec.use_rslora,

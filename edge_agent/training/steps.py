@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_agent.training.local_objective import Term, proportionally_fair
-from edge_agent.training.loss import next_token_loss
-from edge_agent.training.rows import Rows
+from edge_agent.training.predictions import mean_loss
+from edge_agent.training.rows import Sequences
 from profiles.errors import SketchfleetError
 from protos.contract import Assignment, Objective
 
@@ -80,26 +80,26 @@ def make_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScale
 def train_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Rows],
+    batches: Sequence[Sequences],
     objective: Objective | None = None,
     term: Term | None = None,
     *,
     scaler: torch.amp.GradScaler | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> float:
-    """One optimiser step over micro-batches, which weigh as many tokens of each count.
+    """One optimiser step over micro-batches, which weigh as much as is predicted in each.
 
     `objective` is applied to the loss of each micro-batch, `term` is added once; `between` is
     called before each. Returns the mean plain loss in nats per token before the step.
     """
     optimizer.zero_grad(set_to_none=True)
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    counts = [int(rows.counted[:, 1:].sum()) for rows in batches]
+    counts = [rows.predictions for rows in batches]
     losses = []
     for rows, count in zip(batches, counts, strict=True):
         between()
         share = count / max(1, sum(counts))
-        loss = next_token_loss(model, rows)
+        loss = mean_loss(model, rows)
         aim = loss if objective is None else proportionally_fair(loss, objective)
         scaler.scale(aim * share).backward()
         losses.append(loss.detach() * share)
@@ -116,7 +116,7 @@ def train_step(
 def train_steps(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    rows: Rows,
+    rows: Sequences,
     task: Assignment,
     after_step: Callable[[StepLog], None],
     *,
@@ -162,7 +162,7 @@ def train_steps(
     )
 
 
-def tokens_per_step(task: Assignment, rows: Rows) -> int:
+def tokens_per_step(task: Assignment, rows: Sequences) -> int:
     """Tokens of an optimiser step, counted or not: all of them cost."""
     return task.micro_batch * task.accumulation * rows.length
 

@@ -13,14 +13,18 @@ from pathlib import Path
 import torch
 
 from edge_agent.training.backbone import Backbone, load_base, pick_device
+from edge_agent.training.classification import encode_examples
 from edge_agent.training.connectors import DataSelection, collect
+from edge_agent.training.documents import Corpus, Split
 from edge_agent.training.fill_in_middle import FillInMiddle, middle_tokens
 from edge_agent.training.memory import give_back, is_tight, resident_bytes, used_bytes
 from edge_agent.training.row_packing import pack_documents
-from edge_agent.training.rows import Rows
+from edge_agent.training.rows import Sequences
 from profiles.errors import SketchfleetError
 from profiles.model import base_digest
 from protos.contract import AdapterSpec, Precision
+
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 log = logging.getLogger("sketchfleet.trainer")
 
@@ -37,8 +41,8 @@ class NoDataError(SketchfleetError):
 class LocalRows:
     """The two splits in rows of the same length; `main_language` is "" when none is known."""
 
-    train: Rows
-    held_out: Rows
+    train: Sequences
+    held_out: Sequences
     main_language: str
 
     def require(self, trains: bool) -> None:
@@ -61,7 +65,7 @@ class Workbench:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or pick_device()
         self.baseline_bytes = resident_bytes()  # before any base is loaded
-        self._base: tuple[tuple[Path, Precision], Backbone] | None = None
+        self._base: tuple[tuple[object, ...], Backbone] | None = None
         self._digests: dict[Path, str] = {}
         self._rows: dict[tuple[object, ...], LocalRows] = {}
 
@@ -71,7 +75,7 @@ class Workbench:
         Raises `BaseMismatchError` when the folder holds other bytes than the run's base, and what
         `load_base` raises.
         """
-        key = (folder, precision)
+        key = (folder, precision, spec.classification, spec.seed if spec.classification else 0)
         if self._base is not None and self._base[0] == key:
             self._require_digest(folder, spec)
             return self._base[1]
@@ -79,7 +83,7 @@ class Workbench:
         give_back()
         self._digests.pop(folder, None)
         self._require_digest(folder, spec)
-        self._base = (key, load_base(folder, precision, self.device))
+        self._base = (key, load_base(folder, precision, self.device, spec))
         return self._base[1]
 
     def make_room(self, cap_bytes: int | None) -> None:
@@ -106,21 +110,32 @@ class Workbench:
         fill_in_middle: float = 0.0,
         seed: int = 0,
     ) -> LocalRows:
-        """The local code in the tokens of the base in `folder`.
+        """The local data in the tokens of the base in `folder`: code, or examples to classify.
 
         fill_in_middle: share of the training documents that are rearranged, chosen and cut by
         `seed`; give one seed for a run, since another is another set of rows. Raises `CorpusError`
         when the selection holds no code.
         """
-        key = (folder, data, sequence_tokens, held_out_share, fill_in_middle, seed)
+        key = (
+            folder, base.labels, data, sequence_tokens, held_out_share, fill_in_middle, seed,
+        )  # fmt: skip
         if key not in self._rows:
             self._rows.clear()  # one run at a time; the rows of another may be large
             corpus = collect(data, held_out_share)
             log.info("corpus", extra=asdict(corpus.summary))  # counts, no names
-            middle = _fill_in_middle(base, fill_in_middle, seed)
-            how = (base.encode, base.separator_id, sequence_tokens)
-            train = pack_documents(corpus.of("train"), *how, middle)
-            held_out = pack_documents(corpus.of("held_out"), *how)
+            train: Sequences
+            held_out: Sequences
+            if base.labels:
+                train, held_out = (
+                    encode_examples(corpus.of(split), base.labels, base, sequence_tokens)
+                    for split in SPLITS
+                )
+            else:
+                _refuse_labelled(corpus)
+                middle = _fill_in_middle(base, fill_in_middle, seed)
+                how = (base.encode, base.separator_id, sequence_tokens)
+                train = pack_documents(corpus.of("train"), *how, middle)
+                held_out = pack_documents(corpus.of("held_out"), *how)
             self._rows[key] = LocalRows(train, held_out, corpus.summary.main_language)
         return self._rows[key]
 
@@ -132,6 +147,15 @@ class Workbench:
                 f"the base model in {folder} has digest {self._digests[folder][:12]}, the run uses "
                 f"{spec.base} with {spec.base_digest[:12]}; point [model] base at the run's base"
             )
+
+
+def _refuse_labelled(corpus: Corpus) -> None:
+    """Raises `NoDataError` on examples to classify in a run that predicts text."""
+    if any(document.label is not None for document in corpus.files):
+        raise NoDataError(
+            "[data] names labelled files, but this run predicts text; name code, or join a run "
+            "with [model] task = sequence-classification"
+        )
 
 
 def _fill_in_middle(base: Backbone, share: float, seed: int) -> FillInMiddle | None:

@@ -2,23 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from coordinator.fairness import (
-    DeviceRound,
+    Evenness,
     FairnessError,
-    gini,
-    jain,
-    ledger,
-    spearman,
+    LocalGap,
+    evenness,
+    local_gap,
     summarise,
-    worst_mean,
+    tier_spread,
 )
-from protos.contract import Evaluation, LocalReport
-
-positive = st.lists(st.floats(0.01, 100), min_size=1, max_size=40)
 
 
 def test_summary_of_known_losses() -> None:
@@ -32,38 +27,82 @@ def test_summary_of_known_losses() -> None:
     assert found.worst_decile_mean == 3.0
 
 
-@given(positive)
-def test_jain_is_one_over_one_plus_cv_squared(values: list[float]) -> None:
-    mean = sum(values) / len(values)
-    cv2 = sum((v - mean) ** 2 for v in values) / len(values) / mean**2
-    assert jain(values) == pytest.approx(1 / (1 + cv2), rel=1e-9)
-    assert 1 / len(values) - 1e-9 <= jain(values) <= 1 + 1e-9
+def test_a_summary_of_accuracies_has_its_worst_tail_at_the_low_end() -> None:
+    accuracies = {str(i): 0.1 * i for i in range(1, 10)}  # nine devices: a tenth is one of them
+    ones = dict.fromkeys(accuracies, 1.0)
+    as_accuracy, as_loss = summarise(accuracies, ones, "higher"), summarise(accuracies, ones)
+    assert (as_accuracy.worst, as_accuracy.worst_decile_mean) == (0.1, 0.1)
+    assert (as_loss.worst, as_loss.worst_decile_mean) == (0.9, 0.9)
+    assert (as_accuracy.best, as_accuracy.best_decile_mean) == (0.9, 0.9)
+    assert (as_loss.jain, as_loss.variance) == (as_accuracy.jain, as_accuracy.variance)
 
 
-@given(positive)
-def test_gini_agrees_with_its_pairwise_definition(values: list[float]) -> None:
-    n, total = len(values), sum(values)
-    pairs = sum(abs(a - b) for a in values for b in values)
-    assert gini(values) == pytest.approx(pairs / (2 * n * total), abs=1e-9)
+def test_the_identities_of_a_summary() -> None:
+    found = summarise({"a": 1.0, "b": 2.0, "c": 4.0}, dict.fromkeys("abc", 1.0))
+    assert found.jain == pytest.approx(1 / (1 + found.cv**2)) == pytest.approx(found.cosine**2)
+    assert found.theil == pytest.approx(math.log(3) - found.entropy)
+    assert found.std == pytest.approx(math.sqrt(found.variance))
+    assert found.atkinson == pytest.approx(1 - 2 / (7 / 3))
 
 
-def test_jain_of_one_taker_is_one_over_n() -> None:
-    assert jain([0, 0, 0, 8]) == pytest.approx(1 / 4)
-    assert jain([0, 0]) == 1.0
+def test_one_device_and_equal_devices_are_even() -> None:
+    for losses in ({"a": 2.0}, {"a": 2.0, "b": 2.0}, {"a": 0.0, "b": 0.0}):
+        found = summarise(losses, dict.fromkeys(losses, 1.0))
+        assert (found.jain, found.cv, found.range) == (1, 0, 0)
+        assert found.gini == found.theil == found.atkinson == 0
 
 
-@pytest.mark.parametrize("n, tail", [(1, 1), (2, 1), (9, 1), (10, 1), (11, 2), (20, 2), (30, 3)])
-def test_worst_tail_is_never_empty(n: int, tail: int) -> None:
-    values = [float(i) for i in range(n)]
-    assert worst_mean(values, 0.1) == pytest.approx(sum(values[-tail:]) / tail)
+def test_indices_without_a_meaning_below_zero_are_left_out() -> None:
+    found = summarise({"a": -1.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
+    assert (found.mean, found.worst, found.std) == (0.0, 1.0, 1.0)
+    indices = (found.jain, found.gini, found.cv, found.theil, found.atkinson)
+    assert indices == (None,) * 5
 
 
-def test_spearman_of_known_pairs() -> None:
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 31]) == pytest.approx(1)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # SciPy
-    assert spearman([1, 1, 1], [1, 2, 3]) is None
-    assert spearman([1], [1]) is None
+def test_weights_that_are_all_zero_are_equal_weights() -> None:
+    assert summarise({"a": 1.0, "b": 3.0}, {"a": 0.0, "b": 0.0}).weighted_mean == 2.0
+
+
+def test_the_gap_to_training_alone_is_positive_for_who_would_gain_alone() -> None:
+    gap = local_gap({"a": 2.0, "b": 1.0, "c": 9.0}, {"a": 1.5, "b": 1.5, "d": 0.0})
+    assert gap == LocalGap(2, 0.0, 0.5, 0.5, ("a",))
+    # The same devices by accuracy, where higher is better.
+    assert local_gap({"a": 0.6, "b": 0.3}, {"a": 0.5, "b": 0.5}, "higher").worse_off == ("b",)
+    assert local_gap({"a": 1.0}, {"a": 1.0}).worse_off_share == 0.0  # as well off is not worse
+    assert local_gap({"a": 1.0}, {"b": 1.0}) is None
+
+
+def test_tiers_split_the_variance_between_and_within() -> None:
+    losses = {"a": 1.0, "b": 3.0, "c": 5.0, "d": 7.0, "e": 100.0}
+    found = tier_spread(losses, {"a": "pi", "b": "pi", "c": "orin", "d": "orin", "e": ""})
+    assert found.means == {"orin": 6.0, "pi": 2.0} and found.gap == 4.0
+    assert found.devices == {"orin": 2, "pi": 2}  # a device without a tier is left out
+    assert found.between_share == pytest.approx(16 / 20)
+    assert found.between_by_chance == pytest.approx(1 / 3)
+
+
+def test_tiers_that_make_no_difference_show_the_share_expected_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    tiers = {str(i): "abc"[i % 3] for i in range(9)}
+    shown = [tier_spread({d: rng.normal() for d in tiers}, tiers) for _ in range(400)]
+    share = sum(s.between_share for s in shown) / len(shown)
+    assert share == pytest.approx(shown[0].between_by_chance, abs=0.03)
+
+
+def test_tiers_without_variance_or_devices() -> None:
+    assert tier_spread({"a": 1.0, "b": 1.0}, {"a": "x", "b": "y"}).between_share is None
+    assert tier_spread({"a": 1.0}, {"a": "x"}).between_by_chance is None
+    assert tier_spread({"a": 1.0}, {}) is None
+    with pytest.raises(FairnessError, match="not finite"):
+        tier_spread({"a": math.nan}, {"a": "x"})
+
+
+def test_participation_counts_those_who_never_joined() -> None:
+    found = evenness({"a": 4, "b": 0, "c": 0, "d": 0})
+    assert found == Evenness(4.0, pytest.approx(0.25), pytest.approx(0.75), 0.0, 4.0)
+    assert evenness({}) is None
+    with pytest.raises(FairnessError, match="below 0"):
+        evenness({"a": -1, "b": 1})
 
 
 def test_summary_says_what_it_lacks() -> None:
@@ -73,47 +112,5 @@ def test_summary_says_what_it_lacks() -> None:
         summarise({"a": 1.0, "b": 1.0}, {"a": 1.0})
     with pytest.raises(FairnessError, match="b is not finite"):
         summarise({"a": 1.0, "b": math.nan}, {"a": 1.0, "b": 1.0})
-
-
-def fact(device: str, round_: int, received: float | None = None, **changes: object) -> DeviceRound:
-    seen = [Evaluation("slice", "received", 9.0, 0.0, 10)]
-    if received is not None:
-        seen.append(Evaluation("global", "received", received, 0.0, 10))
-    report = LocalReport(
-        f"{device}-{round_}", "done", evaluations=tuple(seen), fetch_s=1, train_s=2, evaluate_s=3,
-        push_s=4, main_language="go",
-    )  # fmt: skip
-    plain = {
-        "board": "pi", "rank": 4, "global_rank": 16, "reason": "why", "up_bytes": 10,
-        "dense_bytes": 100, "report": report, "merged_share": 0.5,
-    }  # fmt: skip
-    return DeviceRound(round=round_, device_id=device, **(plain | changes))  # type: ignore[arg-type]
-
-
-def test_ledger_counts_the_whole_adapter_and_never_the_slice() -> None:
-    end = {"merged_share": 0.0, "up_bytes": 0, "dense_bytes": 0}
-    facts = [
-        fact("b", 0, 3.0), fact("b", 1), fact("b", 2, 2.0, **end),
-        fact("a", 0, 2.0), fact("a", 2, 1.0, rank=16, **end),
-        fact("c", 1),
-    ]  # fmt: skip
-    a, b, c = ledger(facts, rounds=2)
-    assert (a.device_id, b.device_id, c.device_id) == ("a", "b", "c")
-    assert (b.loss_before, b.loss_after, b.gap) == (3.0, 2.0, 0.5)
-    assert (a.loss_before, a.loss_after, a.gap) == (2.0, 1.0, -0.5)
-    assert (c.loss_before, c.loss_after, c.gap) == (None, None, None)
-    assert (b.rounds_joined, a.rounds_joined) == (2, 1)
-    assert (b.update_share, a.update_share) == (0.5, 0.25)
-    assert (a.k, a.ratio, a.language) == (4, 0.25, "go")
-    assert (b.up_bytes, b.dense_bytes, b.compression, b.seconds) == (20, 200, 10.0, 30.0)
-
-
-def test_ledger_has_no_loss_after_when_measured_once() -> None:
-    (row,) = ledger([fact("a", 0, 2.0)], rounds=1)
-    assert (row.loss_before, row.loss_after) == (2.0, None)
-
-
-def test_ledger_does_not_count_a_failed_round_as_joined() -> None:
-    failed = LocalReport("x", "out_of_memory")
-    (row,) = ledger([fact("a", 0), fact("a", 1, report=failed)], rounds=2)
-    assert row.rounds_joined == 1
+    with pytest.raises(FairnessError, match="weight of a is negative"):
+        summarise({"a": 1.0}, {"a": -1.0})

@@ -222,7 +222,7 @@ def test_another_schema_is_refused_in_one_sentence(records, path):
     records.close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreError, match=r"schema 99, this one reads 2.*use a new .* folder"):
+    with pytest.raises(StoreError, match=r"schema 99, this one reads 3.*use a new .* folder"):
         Records(path)
 
 

@@ -150,8 +150,11 @@ def test_the_sources_and_tests_of_a_device_reach_the_trainer_with_absolute_paths
             r"unknown key 'zzz' in \[data\]; known keys: completion_key, dataset,",
         ),
         ("[device]\nname = 'x'\n", r"\[data\] is missing"),
-        ("[data]\n", r"\[data\].* names no code; give include, jsonl, parquet, dataset or git"),
-        ("[data]\ninclude = []\n", r"\[data\].* names no code"),
+        (
+            "[data]\n",
+            r"\[data\].* names no data; give include, jsonl, parquet, dataset, git or labelled",
+        ),
+        ("[data]\ninclude = []\n", r"\[data\].* names no data"),
         (LEAST + "git = '.'\ngit_cutoff = 'v1'\n", r"git stands alone, but include is named too"),
         ("[data]\ngit = '.'\n", r"git and git_cutoff go together"),
         (LEAST + "git_since = 'v1'\n", r"git_since needs git"),

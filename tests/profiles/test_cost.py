@@ -79,6 +79,15 @@ def test_round_adds_up_from_measured_rates() -> None:
     assert (cost.up_bytes, cost.down_bytes) == (500_000, 5_000_000)
 
 
+def test_a_local_only_adapter_costs_the_training_once_more_and_one_evaluation() -> None:
+    asked = work(checkpointing=False, evaluates_global=True)
+    beside = replace(asked, local_only=True)
+    one, two = (round_seconds(QWEN_15, device(compute=measured()), w) for w in (asked, beside))
+    assert two.train_s == pytest.approx(2 * one.train_s)
+    assert two.evaluate_s == pytest.approx(4 / 3 * one.evaluate_s)
+    assert (two.up_bytes, two.down_bytes) == (one.up_bytes, one.down_bytes)
+
+
 def test_more_rank_and_recompute_take_longer_at_the_same_measured_rate() -> None:
     seen = device(compute=measured())
     times = [round_seconds(QWEN_15, seen, work(rank=k)).train_s for k in (1, 16, 64)]

@@ -52,6 +52,14 @@ def peak(asked: LocalWork, machine: Machine = CARD) -> int:
     return peak_memory_bytes(QWEN, asked, baseline_bytes=0, machine=machine)
 
 
+def test_a_local_only_adapter_is_held_while_the_slice_trains_where_host_memory_counts() -> None:
+    """One trains after the other: the second costs its values, not another optimiser."""
+    asked, beside = work(), work(local_only=True)
+    more = peak(beside, CPU) - peak(asked, CPU)
+    assert more == pytest.approx(4 * asked.trained_parameters, rel=0.1)
+    assert peak(beside, CARD) == peak(asked, CARD)
+
+
 # --- what autograd keeps ------------------------------------------------------------------------
 
 

@@ -73,8 +73,8 @@ def test_unknown_targets_and_architectures_are_named() -> None:
     shape = ModelShape.from_config(config(PUBLISHED["starcoder2-3b"][0]))
     with pytest.raises(ModelError, match="gate_proj do not exist in a starcoder2"):
         shape.modules(("gate_proj",))
-    with pytest.raises(ModelError, match="'bert' is not supported"):
-        ModelShape.from_config({"model_type": "bert"})
+    with pytest.raises(ModelError, match="'t5' is not supported"):
+        ModelShape.from_config({"model_type": "t5"})
     with pytest.raises(ModelError, match="lacks a usable 'num_attention_heads'"):
         ModelShape.from_config({"model_type": "llama"})
 

@@ -20,6 +20,7 @@ from protos.contract import (
     AdapterSpec,
     Assignment,
     BlobRef,
+    Classification,
     ContractError,
     ErrorCurve,
     Evaluation,
@@ -45,6 +46,7 @@ TRAVELLERS = {
     AdapterSpec: pb.AdapterSpec,
     Assignment: pb.Assignment,
     BlobRef: pb.BlobRef,
+    Classification: pb.Classification,
     ComputePoint: pb.ComputePoint,
     ComputeProfile: pb.ComputeProfile,
     DeviceProfile: pb.DeviceProfile,
@@ -172,7 +174,7 @@ def test_every_field_but_where_the_base_lies_changes_the_digest(kind):
     fact = make(kind)
     other = {int: 8, float: 0.25, str: "other", bool: False, tuple: (), BlobRef: None,
              Objective: None, Pruning: None, Payload: make(Payload, rank=8), UpdateBudget: None,
-             MirrorStep: None}  # fmt: skip
+             MirrorStep: None, Classification: None}  # fmt: skip
     hints = typing.get_type_hints(kind)
     seen = {fact.digest}
     for field in dataclasses.fields(kind):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from coordinator.ledger_files import write_parquet
 from coordinator.phases import PHASES, device_times
 from coordinator.report import build_report
 from protos.contract import LocalReport
@@ -18,7 +19,6 @@ from trials.ledger import (
     link_during,
     read_rows,
     times_of,
-    write_rows,
 )
 from trials.results import Facts, read_results, versions, write_facts
 from trials.trial_report import compared_rows, plot, round_rows, write_report
@@ -59,8 +59,8 @@ async def rows_of(harness, folder):
 def keep(folder, rows, **changes):
     folder.mkdir(parents=True)
     links = samples(rows) if rows else []
-    write_rows(folder / "ledger.parquet", LEDGER, rows)
-    write_rows(folder / "links.parquet", LINKS, links)
+    write_parquet(folder / "ledger.parquet", LEDGER, rows)
+    write_parquet(folder / "links.parquet", LINKS, links)
     write_facts(folder, facts(rows, **changes))
     (folder / "versions.json").write_text(json.dumps(versions()))
     return folder
@@ -95,7 +95,7 @@ async def test_the_ledger_has_a_row_for_every_device_and_round(harness, tmp_path
 
 async def test_rows_are_read_as_they_were_written(harness, tmp_path):
     rows = await rows_of(harness, tmp_path / "run")
-    write_rows(tmp_path / "ledger.parquet", LEDGER, rows)
+    write_parquet(tmp_path / "ledger.parquet", LEDGER, rows)
     found = read_rows(tmp_path / "ledger.parquet", LEDGER)
     assert [{k: v for k, v in row.items() if v is not None} for row in found] == [
         {k: v for k, v in row.items() if v is not None} for row in rows
@@ -103,7 +103,7 @@ async def test_rows_are_read_as_they_were_written(harness, tmp_path):
 
 
 def test_a_table_of_another_version_is_refused(tmp_path):
-    write_rows(tmp_path / "a.parquet", LINKS, [])
+    write_parquet(tmp_path / "a.parquet", LINKS, [])
     with pytest.raises(LedgerError, match="written by another version"):
         read_rows(tmp_path / "a.parquet", LEDGER)
     (tmp_path / "b.parquet").write_text("no table")

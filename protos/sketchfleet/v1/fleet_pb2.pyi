@@ -162,8 +162,16 @@ class ModuleShape(_message.Message):
     in_features: int
     def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., in_features: _Optional[int] = ...) -> None: ...
 
+class Classification(_message.Message):
+    __slots__ = ("labels", "head")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    head: str
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., head: _Optional[str] = ...) -> None: ...
+
 class AdapterSpec(_message.Message):
-    __slots__ = ("run_id", "base", "base_revision", "base_digest", "rank", "alpha", "use_rslora", "seed", "modules", "dense")
+    __slots__ = ("run_id", "base", "base_revision", "base_digest", "rank", "alpha", "use_rslora", "seed", "modules", "dense", "classification")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     BASE_REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +182,7 @@ class AdapterSpec(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    CLASSIFICATION_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     base: str
     base_revision: str
@@ -184,7 +193,8 @@ class AdapterSpec(_message.Message):
     seed: int
     modules: _containers.RepeatedCompositeFieldContainer[ModuleShape]
     dense: _containers.RepeatedCompositeFieldContainer[ModuleShape]
-    def __init__(self, run_id: _Optional[str] = ..., base: _Optional[str] = ..., base_revision: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: bool = ..., seed: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ...) -> None: ...
+    classification: Classification
+    def __init__(self, run_id: _Optional[str] = ..., base: _Optional[str] = ..., base_revision: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: bool = ..., seed: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[ModuleShape, _Mapping]]] = ..., classification: _Optional[_Union[Classification, _Mapping]] = ...) -> None: ...
 
 class Payload(_message.Message):
     __slots__ = ("rank", "encoding", "parts", "density", "group", "compressed")
@@ -273,7 +283,7 @@ class Pruning(_message.Message):
     def __init__(self, keep: _Optional[float] = ..., penalty: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis", "fill_in_middle", "completions", "budget", "mirror")
+    __slots__ = ("assignment_id", "run_id", "round", "device_id", "method", "rank", "sketch_offset", "precision", "sequence_tokens", "micro_batch", "accumulation", "checkpointing", "local_steps", "learning_rate", "optimizer", "update", "evaluation_sequences", "held_out_share", "seed", "slice", "global_adapter", "deadline_s", "reason", "rows", "alpha", "trained", "personal", "keeps_state", "error_feedback", "fresh", "evaluates_global", "side", "global_side", "objective", "pruning", "keeps_basis", "fill_in_middle", "completions", "local_only", "budget", "mirror")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +322,7 @@ class Assignment(_message.Message):
     KEEPS_BASIS_FIELD_NUMBER: _ClassVar[int]
     FILL_IN_MIDDLE_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_ONLY_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     MIRROR_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
@@ -352,9 +363,10 @@ class Assignment(_message.Message):
     keeps_basis: bool
     fill_in_middle: float
     completions: int
+    local_only: bool
     budget: UpdateBudget
     mirror: MirrorStep
-    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ..., fill_in_middle: _Optional[float] = ..., completions: _Optional[int] = ..., budget: _Optional[_Union[UpdateBudget, _Mapping]] = ..., mirror: _Optional[_Union[MirrorStep, _Mapping]] = ...) -> None: ...
+    def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ..., fill_in_middle: _Optional[float] = ..., completions: _Optional[int] = ..., local_only: bool = ..., budget: _Optional[_Union[UpdateBudget, _Mapping]] = ..., mirror: _Optional[_Union[MirrorStep, _Mapping]] = ...) -> None: ...
 
 class NextTaskRequest(_message.Message):
     __slots__ = ("profile", "wait_s", "working_on", "progress", "mirror")
@@ -431,7 +443,7 @@ class ProfileRequest(_message.Message):
     def __init__(self, precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("subject", "stage", "loss", "token_accuracy", "tokens", "completions", "exact_match", "edit_similarity", "problems", "samples", "pass_at_1", "pass_at_k")
+    __slots__ = ("subject", "stage", "loss", "token_accuracy", "tokens", "completions", "exact_match", "edit_similarity", "problems", "samples", "pass_at_1", "pass_at_k", "example_millinats", "example_tokens", "macro_f1")
     SUBJECT_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -444,6 +456,9 @@ class Evaluation(_message.Message):
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     PASS_AT_1_FIELD_NUMBER: _ClassVar[int]
     PASS_AT_K_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_MILLINATS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MACRO_F1_FIELD_NUMBER: _ClassVar[int]
     subject: str
     stage: str
     loss: float
@@ -456,7 +471,10 @@ class Evaluation(_message.Message):
     samples: int
     pass_at_1: float
     pass_at_k: float
-    def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ..., completions: _Optional[int] = ..., exact_match: _Optional[float] = ..., edit_similarity: _Optional[float] = ..., problems: _Optional[int] = ..., samples: _Optional[int] = ..., pass_at_1: _Optional[float] = ..., pass_at_k: _Optional[float] = ...) -> None: ...
+    example_millinats: _containers.RepeatedScalarFieldContainer[int]
+    example_tokens: _containers.RepeatedScalarFieldContainer[int]
+    macro_f1: float
+    def __init__(self, subject: _Optional[str] = ..., stage: _Optional[str] = ..., loss: _Optional[float] = ..., token_accuracy: _Optional[float] = ..., tokens: _Optional[int] = ..., completions: _Optional[int] = ..., exact_match: _Optional[float] = ..., edit_similarity: _Optional[float] = ..., problems: _Optional[int] = ..., samples: _Optional[int] = ..., pass_at_1: _Optional[float] = ..., pass_at_k: _Optional[float] = ..., example_millinats: _Optional[_Iterable[int]] = ..., example_tokens: _Optional[_Iterable[int]] = ..., macro_f1: _Optional[float] = ...) -> None: ...
 
 class LocalReport(_message.Message):
     __slots__ = ("assignment_id", "outcome", "message", "evaluations", "train_examples", "train_tokens", "train_loss", "trained_parameters", "peak_bytes", "fetch_s", "train_s", "evaluate_s", "push_s", "fetched_bytes", "pushed_bytes", "resumes", "main_language", "kept_rank", "step_s", "load_s", "paused_s", "resumed_step", "temperature_c", "joules", "wait_s", "pack_s", "resent_bytes", "sent", "update_error", "error_curves")

@@ -6,12 +6,12 @@ import torch
 
 from edge_agent.training.backbone import load_base
 from edge_agent.training.batches import whole_rows
-from edge_agent.training.evaluation import evaluate, spread
+from edge_agent.training.evaluation import evaluate, measure, spread
 from edge_agent.training.loss import CHUNK_TOKENS, next_token_loss
 from edge_agent.training.rows import Rows
 from edge_agent.training.slice import attached
 from edge_agent.training.workbench import Workbench
-from protos.contract import AdapterSpec
+from protos.contract import MOST_EXAMPLES, AdapterSpec
 
 
 @pytest.fixture
@@ -77,6 +77,28 @@ def test_evaluation_does_not_depend_on_the_micro_batch(base) -> None:
     one, many = evaluate(base.model, rows, 1), evaluate(base.model, rows, 8)
     assert one.loss == pytest.approx(many.loss, rel=1e-6)
     assert one.tokens == many.tokens
+
+
+def test_each_row_has_the_loss_it_has_alone(base) -> None:
+    rows = make_rows(3, 30)
+    rows.counted[1, 20:] = False
+    found = evaluate(base.model, rows, micro_batch=2)
+    for i in range(3):
+        alone = evaluate(base.model, rows.take(slice(i, i + 1)), 1)
+        assert found.row_nats[i] == pytest.approx(alone.loss * alone.tokens, rel=1e-5)
+        assert found.row_tokens[i] == alone.tokens == (19 if i == 1 else 29)
+
+
+def test_losses_of_rows_are_told_of_the_adapter_that_all_devices_share(base) -> None:
+    asked = {"micro_batch": 64, "completions": 0, "problems": None, "seed": 1}
+    rows = make_rows(MOST_EXAMPLES + 60, 4)
+    told = measure(base, base.model, rows, "global", "received", **asked)
+    assert len(told.example_millinats) == len(told.example_tokens) == MOST_EXAMPLES
+    few = measure(base, base.model, rows.take(slice(5)), "global", "received", **asked)
+    total = sum(few.example_millinats) / 1000
+    assert total / sum(few.example_tokens) == pytest.approx(few.loss, abs=1e-3)
+    own = measure(base, base.model, rows, "slice", "received", **asked)
+    assert own.example_millinats == own.example_tokens == ()
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])

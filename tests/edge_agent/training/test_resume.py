@@ -230,7 +230,7 @@ def test_float16_gradients_are_scaled_and_the_scale_is_kept(tmp_path: Path) -> N
     assert torch.allclose(weight, torch.full((3,), 0.9))
     scaler.load_state_dict(scaler.state_dict() | {"scale": 64.0})
     found = resume.capture(model, optimizer, scaler, steps.StepLog([1.0], [2.0]))
-    snapshot = resume.Snapshot("slice", resume.RoundSoFar(), found, {}, {})
+    snapshot = resume.Snapshot("slice", resume.RoundSoFar(), found, {}, {}, {})
     resume.write_snapshot(tmp_path / "c", "k", snapshot)
     again = resume.read_snapshot(tmp_path / "c", "k")
     assert again is not None

@@ -1,0 +1,1 @@
+"""The dashboard, /metrics and /healthz: read-only, on a listener of their own."""

@@ -1,0 +1,1 @@
+"""What each page says: facts in, plain values out. No HTTP, no markup but charts."""
