@@ -463,8 +463,8 @@ def agent(config: Path) -> Said:
     [
         ("[data", ["not valid TOML"]),
         ("", ["[data] is missing"]),
-        ("[data]\n", ["[data] names no code", "give include"]),
-        ("[data]\ninclude = []\n", ["[data] names no code", "give include"]),
+        ("[data]\n", ["[data] names no data", "give include"]),
+        ("[data]\ninclude = []\n", ["[data] names no data", "give include"]),
         ("[data]\ninclude = ['a']\nexlude = ['b']\n", ["exlude", "mean 'exclude'"]),
         ("[data]\ninclude = ['a']\n[limit]\nthreads = 1\n", ["limit", "mean 'limits'"]),
         ("[data]\ninclude = ['a']\n[limits]\nmemory_mb = 'all'\n", ["[limits] memory_mb"]),

@@ -74,7 +74,8 @@ class WebServer:
 async def dashboard(config: RunConfig, read: FactReader) -> AsyncIterator[str]:
     """Serves what [web] asks for while the block runs; gives its address, "" where it is off.
 
-    Raises `WebError`, `AccessError`.
+    Another coordinator may hold the address that nobody chose: then the run goes on without a
+    dashboard. Raises `WebError`, `AccessError`.
     """
     web = config.web
     if not web.listen:
@@ -82,7 +83,14 @@ async def dashboard(config: RunConfig, read: FactReader) -> AsyncIterator[str]:
         return
     token = None if web.token_file is None else token_hash(web.token_file)
     server = WebServer(make_app(read, token, config.server.state), web.listen)
-    address = server.start()
+    try:
+        address = server.start()
+    except WebError as error:
+        if "listen" in web.model_fields_set:
+            raise
+        log.warning("no dashboard: %s", error)
+        yield ""
+        return
     if not is_loopback(host_of(web.listen)):
         log.warning("the dashboard's token and pages travel as plain text: put TLS in front")
     try:

@@ -277,6 +277,25 @@ def test_a_port_that_is_taken_is_one_clear_sentence(make_run):
             WebServer(app, address).start()
 
 
+def test_an_address_that_nobody_chose_gives_way_and_a_chosen_one_does_not(make_run, caplog):
+    run = make_run()
+
+    async def address(chosen):
+        fields = {"listen"} if chosen else set()
+        web = type(run.config.web).model_construct(fields, listen=taken_at, token_file=None)
+        async with dashboard(run.config.model_copy(update={"web": web}), run.read) as found:
+            return found
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        taken_at = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert asyncio.run(address(chosen=False)) == ""
+        assert "no dashboard" in caplog.text and taken_at in caplog.text
+        with pytest.raises(WebError, match="cannot be listened on"):
+            asyncio.run(address(chosen=True))
+
+
 def test_a_run_that_nobody_serves_is_shown_by_a_command(make_run):
     folder = make_run().folder
     arguments = [sys.executable, "-m", "coordinator.cli", "dashboard", "demo", "--state",
