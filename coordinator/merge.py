@@ -8,7 +8,6 @@ know who may take part (screening), what weights mean (`weights`), or where resu
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections import deque
@@ -59,8 +58,6 @@ class StoredUpdate:
 class MergeResult:
     """The model after a round, and what each device gave to it.
 
-    norms: Frobenius norm of a device's weighted deltas over everything it sent, by device id.
-    share: its part in the sum of norms; equal parts when nobody moved anything. Sums to 1.
     coverage: (r,) float64, participants that held each global row, averaged over modules.
     errors: aggregation error by module, ||merged - ideal|| / ||ideal||, the ideal being the
     weighted mean of the devices' products in weight space; none where a method has no global
@@ -69,8 +66,6 @@ class MergeResult:
     """
 
     files: dict[str, StateFile]
-    norms: dict[str, float]
-    share: dict[str, float]
     coverage: NDArray[np.float64]
     errors: dict[str, float]
     error: float | None
@@ -150,7 +145,6 @@ class Merger:
         )
         spec, readers = self.spec, _Readers(self.spec, ordered, apart=not self.method.streams)
         shares = normalised([update.weight for update in ordered])
-        energies = np.zeros(len(ordered))
         coverage = np.zeros(spec.rank)
         meter, given = ErrorMeter(), ContributionMeter(shares, spec.rank)
 
@@ -161,7 +155,6 @@ class Merger:
         workers = len(os.sched_getaffinity(0)) if self.method.streams else 1
         for module, found in zip(spec.modules, _ahead(one, spec.modules, workers), strict=True):
             writer.write(module.name, found.state)
-            energies += np.square(shares) * found.energies
             coverage += found.coverage / len(spec.modules)
             given.add(found.rows, found.given)
             if found.error is not None:
@@ -169,19 +162,14 @@ class Merger:
         for tensor in spec.dense:
             delta = np.zeros((tensor.out_features, tensor.in_features))
             for i in range(len(ordered)):
-                parts, energy = readers.dense(i, tensor.name)
-                energies[i] += shares[i] ** 2 * energy
-                delta += shares[i] * parts["dense"]
+                delta += shares[i] * readers.dense(i, tensor.name)
             values, moments = current.dense(tensor.name)
             step, kept = self.optimizer.step(delta, moments)
             for i in range(len(ordered)):
-                given.add_dense(i, step, readers.dense(i, tensor.name)[0]["dense"])
+                given.add_dense(i, step, readers.dense(i, tensor.name))
             writer.write_dense(tensor.name, ((values + step).astype(np.float32), kept))
-        norms = _by_device(ordered, energies)
         return MergeResult(
             files=writer.finish(),
-            norms=norms,
-            share=_share(norms),
             coverage=coverage,
             errors=meter.errors,
             error=meter.overall,
@@ -209,12 +197,11 @@ class Merger:
             parts.append(self._update(module.name, update, delta, round_, before))
             coverage[parts[-1].rows] += 1
         after = self.method.merge_module(before, parts, round_, self.optimizer)
-        energies = np.array([delta.energy for delta in sent])
         error = None
         if self.method.has_global:
             error = measure(self.method, before, after, parts, shares)
         given = attribute(self.method, before, after, parts, shares)
-        return _Merged(after, energies, coverage, error, [part.rows for part in parts], given)
+        return _Merged(after, coverage, error, [part.rows for part in parts], given)
 
     def _update(
         self, module: str, update: StoredUpdate, delta: _Delta, round_: int, before: ModuleState
@@ -260,10 +247,9 @@ class Merger:
 
 @dataclass(frozen=True)
 class _Merged:
-    """One module after the round, and what is counted of it: energies (U,), coverage (r,)."""
+    """One module after the round, and what is counted of it: coverage (r,)."""
 
     state: ModuleState
-    energies: NDArray[np.float64]
     coverage: NDArray[np.float64]
     error: ErrorEnergy | None
     rows: Sequence[Rows]
@@ -295,15 +281,6 @@ class _Delta(Mapping[Part, Matrix32]):
     ) -> None:
         self._slot, self._reader, self._name = slot, reader, name
         self._kinds, self._kept = kinds, kept
-        self._energy: float | None = None
-
-    @property
-    def energy(self) -> float:
-        """The sum of its squared values. Raises `PackingError`, `OSError`, as every look does."""
-        if self._energy is None:
-            self._read()
-        assert self._energy is not None
-        return self._energy
 
     def __getitem__(self, part: Part) -> Matrix32:
         if self._slot.holder is not self:
@@ -324,7 +301,7 @@ class _Delta(Mapping[Part, Matrix32]):
         slot.holder, slot.parts = None, {}
         enough = len(slot.memory) >= reader.stored_bytes(self._name)
         into = slot.memory if enough else None
-        parts, self._energy = reader.measured(self._name, into)
+        parts, _ = reader.measured(self._name, into)
         slot.parts = {part: values[: self._kept or None] for part, values in parts.items()}
         slot.holder = self
 
@@ -366,9 +343,9 @@ class _Readers:
             return [_Slot(np.empty(max(self._sizes, default=0), np.uint8).data)] * len(self._sizes)
         return [_Slot(np.empty(size, np.uint8).data) for size in self._sizes]
 
-    def dense(self, i: int, name: str) -> tuple[Parts, float]:
-        """What the i-th update says of a dense tensor, and its sum of squares."""
-        return self._at(i).measured(name)
+    def dense(self, i: int, name: str) -> Matrix32:
+        """What the i-th update says of a dense tensor."""
+        return self._at(i).module(name)["dense"]
 
     def _at(self, i: int) -> PackedReader:
         return self._open[i] if i < len(self._open) else self._reader(i)
@@ -394,18 +371,3 @@ def _ahead(
         finally:
             for left in due:
                 left.cancel()
-
-
-def _by_device(updates: Sequence[StoredUpdate], energies: NDArray[np.float64]) -> dict[str, float]:
-    """A device with a late and a fresh update in one round counts once."""
-    totals: dict[str, float] = {}
-    for update, energy in zip(updates, energies, strict=True):
-        totals[update.device_id] = totals.get(update.device_id, 0.0) + float(energy)
-    return {device: math.sqrt(total) for device, total in totals.items()}
-
-
-def _share(norms: Mapping[str, float]) -> dict[str, float]:
-    total = sum(norms.values())
-    if total == 0:
-        return dict.fromkeys(norms, 1 / len(norms))
-    return {device: value / total for device, value in norms.items()}

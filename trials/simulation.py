@@ -88,7 +88,7 @@ class DeviceRound:
     up_bytes: int
     down_bytes: int
     weight: float
-    update_share: float
+    update_share: float  # 0 where the model took no step
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class Simulation:
         played = {
             u.device_id: DeviceRound(
                 u.assignment, reports[u.device_id], u.path.stat().st_size,
-                self._fetched(u.assignment), u.weight, merged.share[u.device_id],
+                self._fetched(u.assignment), u.weight,
+                merged.contributions[u.assignment.assignment_id].share or 0.0,
             )
             for u in updates
         }  # fmt: skip
