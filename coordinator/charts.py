@@ -200,19 +200,27 @@ def interval_chart(
     title: str, rows: Sequence[Interval], value: Axis, *, reference: float | None = None,
     description: str = "",
 ) -> str:  # fmt: skip
-    """A dot and its interval per row; `reference` draws a line, say where there is no effect."""
+    """A dot and its interval per row; `reference` draws a line, say where there is no effect.
+
+    Names too long to stand beside their rows stand above them.
+    """
     kept = [r for r in rows if _finite(r.value)]
     edges = [e for r in kept for e in (r.value, r.low, r.high) if e is not None]
     left, most = _name_room([r.name for r in kept])
-    bottom = 8 + ROW * max(1, len(kept))
+    above = any(len(r.name) > most for r in kept)
+    step = ROW
+    if above:
+        left, most, step = 12.0, int(RIGHT / LETTER), ROW + 18
+    bottom = 8 + step * max(1, len(kept))
     held = edges if reference is None else [*edges, reference]
     across = scale(held, left, RIGHT - 10, most=5, whole=value.whole)
     drawn = x_axis(across, value, bottom, 4)
     if reference is not None:
         drawn.append(line(across(reference), 4, across(reference), bottom, "axis d1"))
     for row, r in enumerate(kept):
-        y = 8 + (row + 0.5) * ROW
-        drawn.append(text(left - 6, y + 5, clipped(r.name, most), "end"))
+        y = 8 + (row + 1) * step - ROW / 2
+        name = clipped(r.name, most)
+        drawn.append(text(2, y - 13, name) if above else text(left - 6, y + 5, name, "end"))
         hint = f"{r.name}: {number(r.value)}"
         if r.low is not None and r.high is not None and _finite(r.low, r.high):
             low, high = across(r.low), across(r.high)

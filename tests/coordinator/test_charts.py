@@ -136,3 +136,16 @@ def test_words_stay_within_the_picture():
 def test_bars_with_a_value_missing_are_refused():
     with pytest.raises(ValueError, match="1 values for 2 names"):
         bar_chart("t", ["a", "b"], [Bars("s", [1.0])], Y)
+
+
+def test_long_names_of_intervals_are_told_whole_above_their_rows():
+    names = [f"sketch, fslora, ratios {a}" for a in ("independent", "anti-size", "wealth")]
+    drawn = interval_chart("t", [Interval(n, 0.1, 0.0, 0.2) for n in names], Axis("nats"))
+    texts = [e.text for e in ElementTree.fromstring(drawn).iter() if e.tag.endswith("text")]
+    assert set(names) <= set(texts), texts
+    low = interval_chart("t", [Interval(n, 0.1, 0.0, 0.2) for n in "abc"], Axis("nats"))
+    assert height(low) < height(drawn)
+
+
+def height(drawn):
+    return float(ElementTree.fromstring(drawn).get("viewBox").split()[3])
