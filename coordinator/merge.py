@@ -269,6 +269,7 @@ class _Delta(Mapping[Part, Matrix32]):
     """What one update says of a module, read when it is first looked at.
 
     Deltas that share a slot push each other out; one that is looked at again is read again.
+    checked: whether values that are not finite are refused here, not where they have been summed.
     """
 
     def __init__(
@@ -278,9 +279,10 @@ class _Delta(Mapping[Part, Matrix32]):
         name: str,
         kinds: Sequence[Part],
         kept: int,
+        checked: bool,
     ) -> None:
         self._slot, self._reader, self._name = slot, reader, name
-        self._kinds, self._kept = kinds, kept
+        self._kinds, self._kept, self._checked = kinds, kept, checked
 
     def __getitem__(self, part: Part) -> Matrix32:
         if self._slot.holder is not self:
@@ -301,7 +303,7 @@ class _Delta(Mapping[Part, Matrix32]):
         slot.holder, slot.parts = None, {}
         enough = len(slot.memory) >= reader.stored_bytes(self._name)
         into = slot.memory if enough else None
-        parts, _ = reader.measured(self._name, into)
+        parts = reader.module(self._name, into, checked=self._checked)
         slot.parts = {part: values[: self._kept or None] for part, values in parts.items()}
         slot.holder = self
 
@@ -334,7 +336,9 @@ class _Readers:
             kept = update.kept if 0 < update.kept < task.rank else 0
             slot = self._own.slots[i]
             slot.holder, slot.parts = None, {}
-            found.append(_Delta(slot, partial(self._at, i), name, kinds, kept))
+            # Of a mean, whatever has any weight shows in the sum, which is looked at.
+            checked = self._apart or not update.weight
+            found.append(_Delta(slot, partial(self._at, i), name, kinds, kept, checked))
         return found
 
     def _places(self) -> list[_Slot]:

@@ -70,56 +70,51 @@ class PackedReader:
         """Modules and dense tensors in the file, in order."""
         return tuple(self._layout.blocks)
 
-    def module(self, name: str) -> Parts:
+    def module(self, name: str, into: memoryview | None = None, *, checked: bool = True) -> Parts:
         """Decodes one module or dense tensor; arrays may be read-only views of the source.
 
-        Raises `WrongSpecError`, `NonFiniteError`, `WrongSizeError`, `OSError`.
-        """
-        return self.measured(name)[0]
-
-    def measured(self, name: str, into: memoryview | None = None) -> tuple[Parts, float]:
-        """`module`, and the sum of its squared values, summed in float32 blocks.
-
         into: memory of `stored_bytes(name)` for what is read from a file; the arrays may be views
-        of it. Fresh memory would have to be paged in, which takes longer than reading.
+        of it. Fresh memory would have to be paged in, which takes longer than reading. checked:
+        False for who finds values that are not finite in what follows. Raises `WrongSpecError`,
+        `NonFiniteError`, `WrongSizeError`, `OSError`.
         """
         if name not in self._layout.blocks:
             raise WrongSpecError(f"{name} is not in this file; use the names of its spec")
-        parts, energy = self._whole(name, into) if self._layout.fixed else self._by_table(name)
-        if not math.isfinite(energy):  # squares may also have overflowed
-            for part, values in parts.items():
-                if not np.isfinite(values).all():
-                    raise NonFiniteError(
-                        f"{name} {part} holds NaN or infinite values after decoding; training "
-                        f"diverged or the file is damaged, discard it and train again"
-                    )
-        return parts, energy
+        parts = self._whole(name, into) if self._layout.fixed else self._by_table(name)
+        if checked:
+            _energy(name, parts)
+        return parts
+
+    def measured(self, name: str) -> tuple[Parts, float]:
+        """`module`, and the sum of its squared values, summed in float32 blocks."""
+        parts = self.module(name, checked=False)
+        return parts, _energy(name, parts)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that this module or tensor takes in a file of fixed size; else 0."""
         start, stop = self._layout.spans.get(name, (0, 0))
         return stop - start
 
-    def _whole(self, name: str, into: memoryview | None) -> tuple[Parts, float]:
+    def _whole(self, name: str, into: memoryview | None) -> Parts:
         """A module of a file of fixed size: it lies in one piece."""
         codec, blocks = self._codec, self._layout.blocks[name]
         start, stop = self._layout.spans[name]
         data = self._source.read(start, stop, into)
         parts: Parts = {}
-        if not codec.scaled:  # value by value: decoded and looked at in one go
+        if not codec.scaled:  # value by value: decoded in one go
             flat = codec.decode(data, 1, sum(block.size for block in blocks.values()))[0]
             at = 0
             for part, block in blocks.items():
                 parts[part] = flat[at : at + block.size].reshape(block.rows, block.columns)
                 at += block.size
-            return parts, squares(flat)
+            return parts
         for part, block in blocks.items():
             at = block.offset - start
             own = data[at : at + block.whole_bytes]
             parts[part] = codec.decode(own, block.rows, block.columns, self._group)
-        return parts, sum(map(squares, parts.values()))
+        return parts
 
-    def _by_table(self, name: str) -> tuple[Parts, float]:
+    def _by_table(self, name: str) -> Parts:
         parts: Parts = {}
         for part, block in self._layout.blocks[name].items():
             data = self._block(block)
@@ -127,7 +122,7 @@ class PackedReader:
                 parts[part] = self._codec.decode(data, block.rows, block.columns, self._group)
             else:
                 parts[part] = self._sparse(block, data)
-        return parts, sum(map(squares, parts.values()))
+        return parts
 
     def _read_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Of each block: values kept, bytes stored with their flag, and where it begins."""
@@ -192,6 +187,19 @@ class PackedReader:
         values = np.zeros(block.size, np.float32)
         values[kept] = codec.decode_kept(data[split:], kept, block.rows, block.columns, self._group)
         return values.reshape(block.rows, block.columns)
+
+
+def _energy(name: str, parts: Parts) -> float:
+    """The sum of squares. Raises `NonFiniteError`."""
+    energy = sum(map(squares, parts.values()))
+    if not math.isfinite(energy):  # squares may also have overflowed
+        for part, values in parts.items():
+            if not np.isfinite(values).all():
+                raise NonFiniteError(
+                    f"{name} {part} holds NaN or infinite values after decoding; training "
+                    f"diverged or the file is damaged, discard it and train again"
+                )
+    return energy
 
 
 class PackedFile:

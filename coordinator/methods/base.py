@@ -442,5 +442,6 @@ def _require_finite(state: ModuleState) -> None:
         arrays.append(state.core)
     if not all(map(all_finite, arrays)):
         raise UpdateError(
-            "the merged module exceeds float32; an update is far too large, screen by norm"
+            "the merged module is not finite; an update holds NaN, infinite or far too large "
+            "values, leave it out"
         )

@@ -513,9 +513,9 @@ def test_what_is_read_lies_in_the_memory_given(tmp_path, encoding):
     reader, fresh = open_packed(path, spec, payload), PackedReader(data, spec, payload)
     memory = memoryview(bytearray(max(map(reader.stored_bytes, reader.names))))
     for name in reader.names:
-        found, energy = reader.measured(name, memory)
+        found = reader.module(name, memory)
         assert_equal({name: found}, {name: fresh.module(name)})
-        assert energy == fresh.measured(name)[1]
+        assert reader.measured(name)[1] == fresh.measured(name)[1]
         if encoding == "float32":
             assert all(np.shares_memory(v, np.asarray(memory)) for v in found.values())
 
