@@ -8,6 +8,7 @@ Nothing is edited by hand, so that what is written is what was found.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +32,12 @@ def findings(folders: Sequence[Path]) -> str:
     for folder in folders:
         try:
             report = (folder / "report.md").read_text()
+            name = json.loads((folder / "study.json").read_text())["study"]
         except OSError as error:
             raise StudyError(f"{folder} holds no report.md; finish its study first") from error
-        lines = report.rstrip().splitlines()
+        title, *lines = report.rstrip().splitlines()
+        command = f"`sketchfleet-trial study {name} --out FOLDER`, then `report.md` as it came:"
+        parts.append(f"#{title}\n\n{command}")
         parts.append("\n".join(f"#{line}" if line.startswith("#") else line for line in lines))
     return "\n".join(parts) + "\n"
 

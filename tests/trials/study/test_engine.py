@@ -94,7 +94,9 @@ def test_mistakes_in_a_study_are_told():
 
 def test_findings_are_reports_as_they_are(tmp_path):
     (tmp_path / "report.md").write_text("# A study\n\nSaid.\n\n## Part\n")
+    (tmp_path / "study.json").write_text('{"study": "methods"}')
     text = findings([tmp_path])
-    assert text.startswith("# Findings") and "\n## A study\n\nSaid.\n\n### Part\n" in text
+    assert text.startswith("# Findings") and text.endswith("\n\nSaid.\n\n### Part\n")
+    assert "\n## A study\n\n`sketchfleet-trial study methods --out FOLDER`" in text
     with pytest.raises(StudyError, match="finish its study first"):
         findings([tmp_path / "none"])
