@@ -17,9 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-# The public product puts its result into new memory; this adds in place.
-from scipy.sparse._sparsetools import csr_matvecs
-
 from profiles.errors import SketchfleetError
 from protos.sketch import keyed_stream
 
@@ -126,6 +123,10 @@ def add_rows(
     a call a row. Every value is multiplied and then added in the precision of its total, so the
     bits do not depend on how rows lie.
     """
+    # The public product puts its result into new memory; this adds in place. Imported here, since
+    # it takes as long as all else that a command of the coordinator imports.
+    from scipy.sparse._sparsetools import csr_matvecs
+
     k, r = len(rows), len(pieces[0][0])
     stops = rows.searchsorted(np.arange(r + 1)).astype(np.int32)  # of the entries of each row
     columns = np.arange(k, dtype=np.int32)

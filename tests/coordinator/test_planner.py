@@ -431,7 +431,7 @@ def test_less_memory_never_allows_a_larger_sketch(gib: float, less: float) -> No
     assert brings(device(free_gib=gib * less), **long) <= brings(device(free_gib=gib), **long)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(fleets, st.sampled_from(["fastest", "fairest", "cheapest"]), st.randoms())
 def test_the_order_of_devices_does_not_matter(
     fleet: dict[str, DeviceProfile], aim: str, random: object

@@ -214,7 +214,9 @@ def try_method(
     return trial
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALONE else n for n in BUILDS]
+)
 def test_a_method_of_each_build_trains_and_exports(
     name: str,
     yard: Yard,

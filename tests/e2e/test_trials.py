@@ -127,6 +127,7 @@ def _read(path):
         return b""
 
 
+@pytest.mark.slow
 def test_a_remote_trial_drives_agents_that_were_started_by_hand(place, tmp_path):
     port = free_port()
     state = tmp_path / "state"
