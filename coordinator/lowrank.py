@@ -166,9 +166,17 @@ def stack(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
 
 def gram(a: Bundle, b: Bundle) -> tuple[Matrix64, Matrix64]:
     """Inner products of components on either side: (r_a, r_b) of up and of down, float64."""
-    up: Matrix64 = a.up.astype(np.float64) @ b.up.T.astype(np.float64)
-    down: Matrix64 = a.down.astype(np.float64) @ b.down.T.astype(np.float64)
-    return up, down
+    return _cross_gram(a.up, b.up), _cross_gram(a.down, b.down)
+
+
+def _cross_gram(a: Matrix32, b: Matrix32) -> Matrix64:
+    """(r_a, r_b) inner products of rows, some columns at a time: float64 copies stay small."""
+    total = np.zeros((len(a), len(b)))
+    step = max(256, GRAM_SCRATCH // max(1, len(a) + len(b)))
+    for start in range(0, a.shape[1], step):
+        part = slice(start, start + step)
+        total += a[:, part].astype(np.float64) @ b[:, part].T.astype(np.float64)
+    return total
 
 
 def gram_blocks(*bundles: Bundle) -> tuple[Matrix64, Matrix64]:
