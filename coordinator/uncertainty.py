@@ -106,13 +106,6 @@ def corrected_variance(
     return CorrectedVariance(naive, added, max(0.0, naive - added))
 
 
-def accuracy_noise(accuracy: float, count: int) -> float:
-    """Sampling variance a (1 - a) / n of a share of `count` independent successes."""
-    if not (0 <= accuracy <= 1 and count > 0):
-        raise FairnessError(f"{accuracy} of {count} is no share; give 0 to 1, of at least one")
-    return accuracy * (1 - accuracy) / count
-
-
 @dataclass(frozen=True)
 class Bootstrap:
     """Losses of a fleet, and what they might have been on other held-out examples of its devices.

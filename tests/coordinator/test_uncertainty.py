@@ -7,7 +7,7 @@ import pytest
 
 from coordinator import inequality as q
 from coordinator.fairness import FairnessError
-from coordinator.uncertainty import Bootstrap, HeldOut, accuracy_noise, corrected_variance
+from coordinator.uncertainty import Bootstrap, HeldOut, corrected_variance
 
 
 def std(losses):
@@ -61,12 +61,6 @@ def test_one_device_has_no_variance_to_correct() -> None:
     assert (found.naive, found.noise, found.corrected) == (0, 0, 0)
     with pytest.raises(FairnessError, match="no sampling variance of b"):
         corrected_variance({"a": 1.0, "b": 1.0}, {"a": 0.1})
-
-
-def test_accuracies_have_binomial_noise() -> None:
-    assert math.sqrt(accuracy_noise(0.5, 20)) == pytest.approx(0.1118, abs=1e-4)
-    with pytest.raises(FairnessError, match="share"):
-        accuracy_noise(1.5, 20)
 
 
 def test_replicates_vary_as_the_loss_does_and_replay_from_their_seed() -> None:
