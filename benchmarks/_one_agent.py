@@ -1,6 +1,6 @@
 """The network half of one agent in a process of its own: fetches, pushes, and says what it took.
 
-    python -m benchmarks._one_agent ADDRESS CREDENTIAL FOLDER < task.json
+    python -m benchmarks._one_agent ADDRESS IDENTITY|CREDENTIAL FOLDER < task.json
 
 The task names blobs to fetch and an update to push. Prints JSON: seconds, and resident bytes with
 all of an agent's network process imported, before and at most.
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import edge_agent.agent  # noqa: F401 - what an agent's network process holds
+from edge_agent.certified import CertifiedMembership
+from edge_agent.identity import Identity
 from edge_agent.link import Link
 from protos.contract import BlobRef, from_plain
 
@@ -29,10 +31,19 @@ def resident_bytes(which: str, pid: int | str = "self") -> int:
     raise RuntimeError(f"/proc/{pid}/status has no {which}")
 
 
-async def work(address: str, credential: str, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
-    """Fetches, then pushes, as far as the task names something."""
-    link = Link(address)
-    link.credential = credential
+async def work(address: str, shown: str, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """Fetches, then pushes, as far as the task names something. shown: the folder of an identity,
+    or a plain-text fleet's credential.
+    """
+    if Path(shown).is_dir():
+        identity = Identity(Path(shown))
+        membership = CertifiedMembership(
+            identity, link := Link(address, None, identity.credentials)
+        )
+        await membership.sign_on()
+    else:
+        link = Link(address)
+        link.credential = shown
     link.patience_s = 600.0
     await link.probe(metered=True)  # as an agent does before its first round
     found: dict[str, Any] = {"idle_bytes": resident_bytes("VmRSS")}
@@ -53,5 +64,5 @@ async def work(address: str, credential: str, folder: Path, task: dict[str, Any]
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
-    address, credential, folder = sys.argv[1:]
-    print(json.dumps(asyncio.run(work(address, credential, Path(folder), json.load(sys.stdin)))))
+    address, shown, folder = sys.argv[1:]
+    print(json.dumps(asyncio.run(work(address, shown, Path(folder), json.load(sys.stdin)))))

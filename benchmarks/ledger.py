@@ -34,7 +34,8 @@ from coordinator.methods import MethodOptions, make
 from coordinator.serve import open_state
 from coordinator.server_optimizer import Plain
 from coordinator.state import StateReader, write_initial
-from coordinator.store.records import AssignmentRecord, Records
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord
 from protos.contract import (
     MOST_EXAMPLES,
     Evaluation,

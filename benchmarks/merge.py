@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -32,7 +32,9 @@ from coordinator.aggregation_error import measure
 from coordinator.contribution import Given, attribute
 from coordinator.lowrank import Bundle, stack
 from coordinator.merge import Merger, MergeResult, StoredUpdate
-from coordinator.methods import METHODS, Method, MethodOptions, make
+from coordinator.methods import METHODS, Method, MethodOptions, UnknownMethodError, make
+from coordinator.robust import Robust, require_fit
+from coordinator.robust_rules import Rule
 from coordinator.server_optimizer import Plain
 from coordinator.state import StateFile, StateReader, write_initial
 from coordinator.truncation import truncate
@@ -102,7 +104,9 @@ def write_updates(
     return updates
 
 
-def run_merge(folder: str, name: str, layers: int, encoding: Encoding, out: Any) -> None:
+def run_merge(
+    folder: str, name: str, layers: int, encoding: Encoding, rule: Rule, out: Any
+) -> None:
     """In a process of its own: seconds and growth of peak memory."""
     spec, root = make_spec(layers), Path(folder)
     method = make(name, MethodOptions(rank=RANK))
@@ -116,7 +120,7 @@ def run_merge(folder: str, name: str, layers: int, encoding: Encoding, out: Any)
 
     files: dict[str, StateFile] = write_initial(spec, method, new_file)
     reader = StateReader(spec, files)
-    merger = Merger(spec, method, Plain(), lambda round_: reader, new_file)
+    merger = Merger(spec, method, Plain(), lambda round_: reader, new_file, Robust(rule))
     floor = sum(u.path.stat().st_size for u in updates)
     os.sync()  # or the merge would wait for the disk to take the updates
     read_s = min(read_seconds(updates) for _ in range(3))
@@ -235,6 +239,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two layers instead of 28")
     parser.add_argument("--methods", default="", help="names, comma-separated (default: all)")
     parser.add_argument("--encoding", default="float32", choices=["float32", "bfloat16", "int8"])
+    parser.add_argument("--robust", default="none", choices=get_args(Rule),
+                        help="merge by this rule, with the methods that take it")  # fmt: skip
     args = parser.parse_args()
     layers = 2 if args.quick else 28
     names = args.methods.split(",") if args.methods else list(METHODS)
@@ -252,10 +258,15 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for name in names:
         method = make(name, MethodOptions(rank=RANK))
+        try:
+            require_fit(args.robust, method)
+        except UnknownMethodError as refusal:
+            print(f"{name:13} {refusal}")
+            continue
         receiver, sender = context.Pipe(duplex=False)
         with tempfile.TemporaryDirectory() as folder:
             child = context.Process(
-                target=run_merge, args=(folder, name, layers, args.encoding, sender)
+                target=run_merge, args=(folder, name, layers, args.encoding, args.robust, sender)
             )
             child.start()
             sender.close()
@@ -278,7 +289,7 @@ def main() -> None:
               f"{found['dense_over_ours']:10.0f} {found['peak_bytes'] / 1e6:8.0f} "
               f"{found['allowed_bytes'] / 1e6:8.0f}  {error}{how}", flush=True)  # fmt: skip
     print(json.dumps({
-        "benchmark": "merge", "layers": layers, "encoding": args.encoding,
+        "benchmark": "merge", "layers": layers, "encoding": args.encoding, "robust": args.robust,
         "copy_gb_per_s": speed / 1e9, "layer": layer, "results": results,
     }))  # fmt: skip
 

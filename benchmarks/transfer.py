@@ -3,11 +3,13 @@
 A real coordinator process and the agent's own link code on loopback; devices are fake and do not
 train. `throughput` is bytes of all clients over the seconds from the first call to the last answer:
 for us that is the receipt, with the update hashed, synced to disk, decoded, checked and entered in
-the database. Both sides run one server process and one client process, in plain text.
+the database. Both sides run one server process and one client process, in plain text; what mutual
+TLS costs beside that, `--tls` measures.
 
 `of bare`: over a plain gRPC program that throws its messages away, at its best message size.
 `of files`: over the same program reading, writing and hashing files (`_bare_grpc`).
 All by turns, five times; ratios are medians of those of a turn (lowest and highest beside them).
+`--tls`: mutual TLS against plain text, and what a new connection takes.
 `--slow`: a fast client beside 200 slow ones. `--agent`: what an agent's network process holds.
 `--link`: over 1 Mbit/s, 300 ms, 2 % loss and outages, against plain TCP; needs root.
 """
@@ -34,6 +36,8 @@ import numpy as np
 from benchmarks._bare_grpc import bare_rates
 from benchmarks._one_agent import resident_bytes
 from benchmarks.exchange import fake_base, profile
+from edge_agent.identity import Identity
+from edge_agent.joining import enroll
 from edge_agent.link import Link
 from edge_agent.pace import Pace
 from profiles.model import ModuleShape
@@ -95,6 +99,7 @@ class Joined:
     update: Path
     digest: str
     fetched: Path  # a folder
+    shown: str  # the folder of its identity; in plain text its credential
 
     @property
     def slice(self) -> BlobRef:
@@ -113,11 +118,20 @@ class Joined:
 
 async def join(fleet: LocalFleet, folder: Path, clients: int) -> list[Joined]:
     """So many devices with assignments; their links have been measured, as agents' are."""
-    token = (fleet.state / "join-token").read_text().strip()
+    address = f"127.0.0.1:{fleet.port}"
+    invitation = fleet.invitation(uses=clients) if fleet.secured else None
 
     async def one(number: int) -> Joined:
-        link = Link(f"127.0.0.1:{fleet.port}")
-        await link.enroll(token, f"device-{number:03}", "0", 60)
+        name = f"device-{number:03}"
+        if invitation is None:
+            link = Link(address)
+            token = (fleet.state / "join-token").read_text().strip()
+            await link.enroll(token, name, "0", 60)
+            shown = link.credential
+        else:
+            identity = Identity(folder / "identities" / name)
+            await asyncio.to_thread(enroll, identity, invitation, name, "0", lambda: None, 60)
+            link, shown = Link(address, None, identity.credentials), str(identity.folder)
         await link.probe(metered=True)
         answer = await link.next_task(None, "", 0, 60)
         spec = from_message(answer.spec, AdapterSpec)
@@ -126,7 +140,7 @@ async def join(fleet: LocalFleet, folder: Path, clients: int) -> list[Joined]:
         task = from_message(answer.assignment, Assignment)
         own = folder / task.device_id
         own.mkdir()
-        return Joined(link, spec, task, own / "update", "", own)
+        return Joined(link, spec, task, own / "update", "", own, shown)
 
     joined = await asyncio.gather(*map(one, range(clients)))
     for device in joined:
@@ -193,14 +207,14 @@ def rank_for(size_bytes: int, layers: int) -> int:
 
 
 @contextlib.contextmanager
-def coordinator(case: Case) -> Iterator[tuple[LocalFleet, Path]]:
+def coordinator(case: Case, *, secured: bool = False) -> Iterator[tuple[LocalFleet, Path]]:
     """A coordinator that serves such a case, and a folder for its devices."""
     layers = 24 if case.size_bytes > 4 * MIB else 2
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = fake_base(folder / "base", layers=layers)
         run = run_section(base, case, rank_for(case.size_bytes, layers))
-        with LocalFleet(folder / "fleet", run, []) as fleet:
+        with LocalFleet(folder / "fleet", run, [], secured=secured) as fleet:
             fleet.start_coordinator()
             fleet.await_token()
             yield fleet, folder
@@ -289,7 +303,7 @@ async def _beside_slow(fleet: LocalFleet, folder: Path, slow: int) -> dict[str, 
 def _started(device: Joined, address: str, folder: Path, wrap: list[str], **task: Any) -> Any:
     """A process of `_one_agent` at work."""
     process = subprocess.Popen(
-        [*wrap, sys.executable, "-m", "benchmarks._one_agent", address, device.link.credential,
+        [*wrap, sys.executable, "-m", "benchmarks._one_agent", address, device.shown,
          str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.getcwd()},  # noqa: PTH109 - where this runs
@@ -316,11 +330,44 @@ def _pushes(device: Joined) -> dict[str, Any]:
 
 def measure_agent(size_bytes: int) -> dict[str, Any]:
     """Resident bytes of an agent's network process, idle and while it moves an update."""
-    with coordinator(Case(1, size_bytes)) as (fleet, folder):
+    with coordinator(Case(1, size_bytes), secured=True) as (fleet, folder):
         (device,) = asyncio.run(_joined_and_hung_up(fleet, folder, 1))
         address = f"127.0.0.1:{fleet.port}"
         blobs = [to_plain(device.slice)]
         return _ended(_started(device, address, device.fetched, [], blobs=blobs, **_pushes(device)))
+
+
+def measure_tls(case: Case, repeats: int) -> dict[str, Any]:
+    """Ours over mutual TLS, of ours in plain text by turns, and what a new connection takes."""
+    ratios: dict[str, list[float]] = {"up": [], "down": []}
+    connect_s: dict[bool, float] = {}
+    for _ in range(repeats):
+        speeds = {}
+        for secured in (False, True):
+            with coordinator(case, secured=secured) as (fleet, folder):
+                speeds[secured], _, _ = asyncio.run(_ours(case, fleet, folder))
+            with coordinator(Case(1, 4096), secured=secured) as (fleet, folder):
+                connect_s[secured] = asyncio.run(_connecting(fleet, folder))
+        ratios["up"].append(speeds[True].up / speeds[False].up)
+        ratios["down"].append(speeds[True].down / speeds[False].down)
+    return {"clients": case.clients, "bytes_each": case.size_bytes, "ratios": ratios,
+            "connect_plain_s": connect_s[False], "connect_tls_s": connect_s[True]}  # fmt: skip
+
+
+async def _connecting(fleet: LocalFleet, folder: Path) -> float:
+    """Median seconds of the first small call over a new connection."""
+    (device,) = await join(fleet, folder, 1)
+    found = []
+    for _ in range(20):
+        if fleet.secured:
+            link = Link(device.link.address, None, Identity(Path(device.shown)).credentials)
+        else:
+            link = Link(device.link.address)
+            link.credential = device.shown
+        found.append(await link.ping())
+        await link.close()
+    await leave([device])
+    return statistics.median(found)
 
 
 async def _joined_and_hung_up(fleet: LocalFleet, folder: Path, clients: int) -> list[Joined]:
@@ -370,7 +417,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer clients and bytes")
     parser.add_argument("--repeats", type=int, help="5, with --quick 1")
-    for name in ("slow", "agent", "link"):
+    for name in ("slow", "agent", "link", "tls"):
         parser.add_argument(f"--{name}", action="store_true", help="measure this instead")
     asked = parser.parse_args()
     results: dict[str, Any] = {}
@@ -386,6 +433,14 @@ def main() -> None:
         results = found = measure_agent(20 * MIB)
         print(f"an agent's network process: {found['idle_bytes'] / 1e6:.1f} MB, at most "
               f"{found['peak_bytes'] / 1e6:.1f} MB while it moved 20 MiB each way")  # fmt: skip
+    elif asked.tls:
+        case = Case(4, 4 * MIB) if asked.quick else Case(8, 20 * MIB)
+        found = results = measure_tls(case, asked.repeats or (1 if asked.quick else 5))
+        up, down = (statistics.median(found["ratios"][way]) for way in ("up", "down"))
+        print(f"{case.clients} clients over mutual TLS: {up:.2f} of the rate in plain text up, "
+              f"{down:.2f} down; the first call over a new connection "
+              f"{found['connect_tls_s'] * 1e3:.0f} ms, plain "
+              f"{found['connect_plain_s'] * 1e3:.0f} ms")  # fmt: skip
     elif asked.link:
         results = found = measure_link(MIB if asked.quick else 4 * MIB)
         print(f"{found['links']}\nup {found['up_bps'] / 1e3:.0f} kbit/s, "

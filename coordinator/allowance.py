@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from protos.contract import ErrorCurve
 
 if TYPE_CHECKING:  # planning for a fleet that does not exist needs no database
-    from coordinator.store.records import AssignmentRecord
+    from coordinator.store.rows import AssignmentRecord
 
 DAY_S = 86_400.0
 OFF_S = 5.0  # between two rounds; assumed

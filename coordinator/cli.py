@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator import identity_commands, operation_commands, screening_commands
 from profiles.errors import MissingExtraError, SketchfleetError
 
 if TYPE_CHECKING:
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
     from coordinator.store.records import Records
 
 OWN_PACKAGES = frozenset(
-    ("jinja2", "prometheus_client", "rich", "safetensors", "sqlalchemy", "starlette", "uvicorn")
+    (
+        "alembic",
+        "jinja2",
+        "prometheus_client",
+        "rich",
+        "safetensors",
+        "sqlalchemy",
+        "starlette",
+        "uvicorn",
+    )
 )  # of the coordinator's extra
 
 
@@ -84,8 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("--run", type=Path, metavar="FILE", help="run.toml (default: its defaults)")
     plan.add_argument("--picture", type=Path, metavar="PNG", help="also draw time and memory")
     plan.add_argument("--list", action="store_true", help="known boards, links and models")
+    identity_commands.add_commands(commands, kept, as_json)
+    operation_commands.add_commands(commands, kept, as_json)
+    screening_commands.add_commands(commands, kept, as_json)
     args = parser.parse_args(argv)
     try:
+        if "perform" in args:
+            return int(args.perform(args))
         return int({"serve": _serve, "devices": _devices, "runs": _runs, "report": _report,
                     "ledger": _ledger, "dashboard": _dashboard, "export": _export,
                     "plan": _plan}[args.command](args))  # fmt: skip
@@ -139,9 +154,10 @@ def _devices(args: argparse.Namespace) -> int:
     from protos.contract import to_plain
 
     records, _ = _open(args.state)
-    devices = records.all_devices()
+    devices, known = records.all_devices(), identity_commands.standing(records)
     if args.json:
-        print(json.dumps([to_plain(d) for d in devices], indent=2))
+        plain = [{**to_plain(d), **known.get(d.device_id, {})} for d in devices]
+        print(json.dumps(plain, indent=2))
         return 0
     rows = []
     for d in devices:
@@ -154,8 +170,9 @@ def _devices(args: argparse.Namespace) -> int:
             f"{p.link.up_bps / 1e6:.2f} / {p.link.down_bps / 1e6:.2f} Mbit/s"
             if p and p.link else "-",
             f"{time.time() - d.last_seen_at:.0f} s ago",
+            identity_commands.standing_words(known.get(d.device_id), time.time()),
         ])  # fmt: skip
-    _table(("device", "board", "for training", "compute", "up / down", "seen"), rows)
+    _table(("device", "board", "for training", "compute", "up / down", "seen", "identity"), rows)
     return 0
 
 

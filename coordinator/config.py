@@ -8,11 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from coordinator.methods import Method, MethodOptions, RowMethod
 from coordinator.methods import make as make_method
 from coordinator.plan_types import Aim, PlanPolicy
+from coordinator.robust import Robust, require_fit
+from coordinator.robust_rules import Rule
+from coordinator.server_config import PkiSection, ServerSection
 from coordinator.server_optimizer import ServerOptimizer, make_optimizer
 from coordinator.weights import WeightOptions, WeightRule, make_rule
 from profiles.errors import SketchfleetError
@@ -98,6 +101,17 @@ class MethodSection(Section):
     """HetLoRA: the tail that a device may drop begins at this share of its rank."""
     prune_penalty: Annotated[float, Field(ge=0)] = 1e-3
     """HetLoRA: weight of the tail's norm in the local loss."""
+    robust: Rule = "clip"
+    """How far a few hostile updates can pull (`docs/security.md`): "none", "clip" with every
+    method; "trimmed-mean", "median", "geometric-median", "multi-krum" with those that average."""
+
+
+class ScreeningSection(Section):
+    """Which updates are kept out of the merge (`docs/security.md`)."""
+
+    enabled: bool = True
+    clean_rounds: Positive = 3
+    """Rounds in a row that a quarantined device must deliver sound updates before they count."""
 
 
 class ServerOptimizerSection(Section):
@@ -221,26 +235,6 @@ class EvaluationSection(Section):
     whether taking part is worth it. Doubles the time of training."""
 
 
-class ServerSection(Section):
-    """Where the coordinator listens and what it keeps."""
-
-    listen: str = "127.0.0.1:8470"
-    state: Path = Path("state")
-    """Folder for the database, blobs and the join token."""
-    credential_days: Annotated[float, Field(gt=0)] = 7.0
-
-    @field_validator("listen")
-    @classmethod
-    def _loopback(cls, listen: str) -> str:
-        host = host_of(listen)
-        if not is_loopback(host):
-            raise ValueError(
-                f"{host} is not a loopback address; this version speaks plain text and therefore "
-                "listens on loopback only: put a TLS tunnel in front of it"
-            )
-        return listen
-
-
 class WebSection(Section):
     """The dashboard, /metrics and /healthz (`docs/dashboard.md`); they only show."""
 
@@ -258,6 +252,15 @@ class WebSection(Section):
         return self
 
 
+class LimitsSection(Section):
+    """What devices may use of this machine; rates and counts are fixed (`docs/security.md`)."""
+
+    disk_share: Share = 0.95
+    """Updates are refused, for the time being, when the disk is fuller; or has 10 GiB left."""
+    mb_per_day: Positive | None = None
+    """Of one device, both ways, in a day of UTC; none: what its rounds need, some times over."""
+
+
 class RunConfig(Section):
     """Everything `serve` needs, checked."""
 
@@ -265,6 +268,7 @@ class RunConfig(Section):
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     method: MethodSection = MethodSection()
+    screening: ScreeningSection = ScreeningSection()
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     fairness: FairnessSection = FairnessSection()
     training: TrainingSection = TrainingSection()
@@ -273,6 +277,8 @@ class RunConfig(Section):
     wire: WireSection = WireSection()
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()
+    pki: PkiSection | None = None
+    limits: LimitsSection = LimitsSection()
     web: WebSection = WebSection()
 
     @model_validator(mode="after")
@@ -327,9 +333,10 @@ class RunConfig(Section):
         try:
             method = self.make_method()
             self.make_weight_rule()
+            require_fit(self.method.robust, method)
         except SketchfleetError as error:
             raise ValueError(str(error)) from error
-        if foreign := sorted(_changed(self.method) - {"name"} - set(method.options)):
+        if foreign := sorted(_changed(self.method) - {"name", "robust"} - set(method.options)):
             takes = f"takes {', '.join(method.options)}" if method.options else "takes no options"
             raise ValueError(f"[method] {foreign[0]} is not for {method.name}, which {takes}")
         optimizer = self.server_optimizer
@@ -386,9 +393,13 @@ class RunConfig(Section):
         options = MethodOptions(
             rank=self.adapter.rank,
             optimizer=self.training.optimizer.removesuffix("8bit"),  # the same rule
-            **self.method.model_dump(exclude={"name"}),
+            **self.method.model_dump(exclude={"name", "robust"}),
         )
         return make_method(self.method.name, options)
+
+    def make_robust(self) -> Robust:
+        """The rule that merges robustly."""
+        return Robust(self.method.robust)
 
     def plan_policy(
         self,
@@ -475,7 +486,8 @@ def load_config(path: Path) -> RunConfig:
     if (here / base).is_dir():
         base = str((here / base).resolve())
     model = config.model.model_copy(update={"base": base})
+    pki = None if config.pki is None else config.pki.placed(here)
     web = config.web
     if web.token_file is not None:
         web = web.model_copy(update={"token_file": here / web.token_file.expanduser()})
-    return config.model_copy(update={"server": server, "model": model, "web": web})
+    return config.model_copy(update={"server": server, "model": model, "pki": pki, "web": web})

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.store.records import AssignmentRecord
+from coordinator.store.rows import AssignmentRecord
 from profiles.cost import Correction
 
 NEWEST = 0.3  # weight of the newest report in the means of logarithms
@@ -108,8 +108,8 @@ def _learn(known: _Learnt, record: AssignmentRecord, *, ended: bool) -> None:
     took_s = report.train_s + report.evaluate_s
     whole = not report.resumed_step  # a resumed round did the rest only
     if expected_s > 0 and took_s > 0 and record.assignment.trains and whole:
-        low, high = map(math.log, TIME_LIMITS)
-        seen = min(high, max(low, math.log(took_s / expected_s)))
+        least, most = TIME_LIMITS
+        seen = math.log(min(most, max(least, took_s / expected_s)))  # a claim may round to 0
         off = abs(seen - (seen if known.time is None else known.time))
         known.error = off if known.error is None else _mean(known.error, off)
         known.time = _mean(known.time, seen)

@@ -16,18 +16,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coordinator import rounds
+from coordinator.audit import Audit
 from coordinator.config import RunConfig
+from coordinator.grants import names_blob
 from coordinator.intake import Intake
 from coordinator.issuing import Issuer, Recorded
 from coordinator.ledger_types import Contribution
+from coordinator.limits import Traffic, Watermark
+from coordinator.mending import DamagedError, Mender, read_by_merge, require_sound
 from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.restore import rebuilt
+from coordinator.screened_rounds import ScreenedRounds, facts_of, kept_out
 from coordinator.state import StateFile, write_initial
-from coordinator.store.blobs import BlobStore
-from coordinator.store.records import AssignmentRecord, Records
+from coordinator.store.blobs import BlobStore, UnknownBlobError
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord
 from coordinator.weights import Voice
 from profiles.device import DeviceProfile
 from profiles.model import ModelShape
+from protos import faults
 from protos.contract import (
     MOST_EXAMPLES,
     AdapterSpec,
@@ -94,7 +101,9 @@ class Engine:
         self._changed = asyncio.Event()
         self._work: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
-        self._planning = False
+        self._planning = self._draining = False
+        self._refused: set[str] = set()  # uploads of which the audit log tells
+        self._begun: set[tuple[str, str]] = set()  # what devices began to fetch from here
         self.progress: dict[str, Progress] = {}  # the newest of each device, while it works
         self._untold: set[str] = set()  # devices that do not know yet that the run is finished
         self._issuer = Issuer(
@@ -103,10 +112,15 @@ class Engine:
         )  # fmt: skip
         self._merger = Merger(
             spec, self._method, config.make_server_optimizer(), self._issuer.model,
-            lambda role: blobs.draft(),
+            lambda role: blobs.draft(), config.make_robust(),
         )  # fmt: skip
-        self._intake = Intake(spec, records, blobs, self._too_late, clock)
-        blobs.drop_drafts()
+        self._screening = ScreenedRounds(config, spec, self._method, records, blobs, clock)
+        self._audit = Audit(records)
+        self.traffic = Traffic(config.limits.mb_per_day, clock)
+        room = Watermark(blobs.root, config.limits.disk_share)
+        self._intake = Intake(spec, records, blobs, self._too_late, clock, self.traffic, room)
+        self._intake.second = self._screening.second_update
+        blobs.settle()
         self.state = self._restore()
         self._intake.tidy()
 
@@ -138,6 +152,7 @@ class Engine:
         for device in self._records.all_devices():
             if device.profile is not None:
                 self._profiles[device.device_id] = device.profile
+        Mender(run_id, self._records, self._blobs, self._issuer, self._merged_again).mend()
         history = self._records.all_rounds(run_id)
         given = self._records.assignments(run_id)
         state = rebuilt(history, given, self._policy, now - record.alive_at)
@@ -171,6 +186,16 @@ class Engine:
                 raise self._failure
         if self._failure is not None:
             raise self._failure
+
+    async def drain(self, patience_s: float) -> None:
+        """Begins nothing any more, sends who waits away, and lets a merge come to its end.
+
+        What is not done after `patience_s` is done anew by the next process.
+        """
+        self._draining = True
+        self._notify()
+        if self._work:
+            await asyncio.wait(self._work, timeout=patience_s)
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -214,6 +239,8 @@ class Engine:
     def _carry_out(self, effect: rounds.Effect) -> None:
         run_id, now = self.spec.run_id, self._clock()
         match effect:
+            case rounds.PlanRound() if self._draining:
+                log.info("the next process begins the round", extra={"round": effect.round})
             case rounds.PlanRound():
                 if self.state.attempts:
                     attempts = {"round": effect.round, "attempts": self.state.attempts}
@@ -222,6 +249,7 @@ class Engine:
             case rounds.CloseRound():
                 detail = {"on_time": list(effect.on_time), "late": list(effect.late)}
                 self._records.close_round(run_id, effect.round, detail, now)
+                faults.point("round.closed")
                 self._spawn(self._close(effect))
             case rounds.RefuseLate():
                 log.warning("late update not merged: %s", effect.reason,
@@ -250,15 +278,21 @@ class Engine:
             planned = await asyncio.to_thread(self._issuer.issue, effect, plan, dict(self._mirrors))
         finally:
             self._planning = False
+        faults.point("round.cut")
         if self.state.phase != "gathering" or self.state.round != effect.round:
             return
         now = self._clock()
         names = tuple(a.device_id for a, _ in planned)
         self._feed(rounds.RoundPlanned(now, effect.round, names, plan.round_s))
-        self._records.open_round(
-            self.spec.run_id, effect.round, effect.evaluate_only, now, self.state.deadline_at_s,
-            planned,
-        )  # fmt: skip
+        with self._records.transaction():
+            self._records.open_round(
+                self.spec.run_id, effect.round, effect.evaluate_only, now,
+                self.state.deadline_at_s, planned,
+            )  # fmt: skip
+            self._audit.record(
+                "assigned", run_id=self.spec.run_id, round=effect.round, devices=list(names)
+            )
+        faults.point("round.opened")
         log.info("round opened", extra={"round": effect.round, "devices": len(planned),
                                         "round_s": round(plan.round_s, 1)})  # fmt: skip
 
@@ -279,15 +313,20 @@ class Engine:
             and record.update_digest is not None
             and record.report is not None
         ]
+        read = read_by_merge(self._records, run_id, taken)
         files: dict[str, BlobRef] = {}
         given: dict[str, Contribution] = {}
+        outcome = await asyncio.to_thread(self._screening.screen, effect.round, taken)
+        out = kept_out(outcome)
+        taken = [r for r in taken if r.assignment.assignment_id not in out]
+        detail |= {"dropped": out, **facts_of(outcome)}
         if taken:
             updates, detail["weight_memory"] = self._weighed(taken, effect.round)
             result, files, dropped = await asyncio.to_thread(self._merge, effect.round, updates)
             for assignment_id, why in dropped.items():
                 log.error("update not merged: %s", why, extra={"assignment_id": assignment_id})
             taken = [r for r in taken if r.assignment.assignment_id not in dropped]
-            detail["dropped"] = dropped
+            detail["dropped"] = out | dropped
             if result is not None:
                 given = result.contributions
                 detail |= {
@@ -297,12 +336,23 @@ class Engine:
                     "aggregation_errors": result.errors,
                     "aggregation_error_exact": result.exact,
                     "attribution_s": result.attribution_s,
+                    "robust": result.robust,
                     "merge_s": time.monotonic() - started,
                 }
-        self._records.publish_round(
-            run_id, effect.round, files,
-            [r.assignment.assignment_id for r in taken], detail, self._clock(), given,
-        )  # fmt: skip
+        faults.point("round.merged")
+        await asyncio.to_thread(require_sound, self._blobs, read)
+        with self._records.transaction():
+            merged = [r.assignment.assignment_id for r in taken]
+            self._records.publish_round(
+                run_id, effect.round, files, merged, detail, self._clock(), given
+            )
+            self._screening.keep(outcome)
+            self._audit.record(
+                "merged", run_id=run_id, round=effect.round,
+                updates={r.assignment.assignment_id: r.update_digest for r in taken},
+                files={role: blob.digest for role, blob in files.items()},
+            )  # fmt: skip
+        faults.point("round.published")
         log.info("round merged", extra={
             "round": effect.round, "updates": len(taken),
             "aggregation_error": detail.get("aggregation_error"),
@@ -318,6 +368,13 @@ class Engine:
         current = self._issuer.model()
         result, dropped = self._merger.merge_sound(round_, round_ + 1, current, updates)
         return result, {} if result is None else self._kept(result.files), dropped
+
+    def _merged_again(
+        self, round_: int, merged: Sequence[AssignmentRecord], weights: Mapping[str, float]
+    ) -> dict[str, BlobRef]:
+        updates = [self._stored(r, weights[r.assignment.assignment_id]) for r in merged]
+        model = self._issuer.model(round_)
+        return self._kept(self._merger.merge(round_, round_ + 1, model, updates).files)
 
     def _kept(self, files: Mapping[str, StateFile]) -> dict[str, BlobRef]:
         return {role: self._blobs.adopt(f.path, f.payload) for role, f in files.items()}
@@ -398,11 +455,14 @@ class Engine:
         until = asyncio.get_running_loop().time() + (0.0 if working_on else wait_s)
         while True:
             changed = self._changed
+            if self._draining:
+                return Task("wait", self.spec, message="the coordinator restarts; it comes back")
             if (task := self._task_now(device_id, working_on)) is not None:
                 return task
             left = until - asyncio.get_running_loop().time()
             if left <= 0:
-                return Task("wait", self.spec, message=self._left_out.get(device_id, ""))
+                why = self._left_out.get(device_id) or self._screening.told(device_id)
+                return Task("wait", self.spec, message=why)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await changed.wait()
@@ -425,7 +485,8 @@ class Engine:
         if record is None or assignment_id == working_on:
             return None
         remaining_s = max(0.0, state.deadline_at_s - self._clock())
-        return Task("assignment", self.spec, record.assignment, remaining_s)
+        told = self._screening.told(device_id)
+        return Task("assignment", self.spec, record.assignment, remaining_s, message=told)
 
     def _farewell(self, device_id: str, working_on: str) -> Task:
         if not working_on:  # the answer to a heartbeat may be lost with the work it breaks off
@@ -441,9 +502,27 @@ class Engine:
             rank=max(1, self.config.adapter.rank // 4),
         )
 
-    def blob_path(self, digest: str) -> Path:
-        """The file of a blob that devices may fetch. Raises `UnknownBlobError`."""
+    def blob_path(self, device_id: str, digest: str) -> Path:
+        """The file of a blob that a device was sent for. Raises `UnknownBlobError`."""
+        run_id, newest = self.spec.run_id, self.state.round
+        if not names_blob(self._records, run_id, device_id, newest, digest):
+            raise UnknownBlobError("this device was sent for no such blob; ask for a new task")
         return self._blobs.path(digest)
+
+    async def suspect(self, device_id: str, digest: str) -> None:
+        """A device that begins a file once more may have got other bytes than it was promised.
+
+        Raises `DamagedError` when the blob is damaged, and ends the run: a restart mends it.
+        """
+        if (device_id, digest) not in self._begun:
+            self._begun.add((device_id, digest))
+            return
+        try:
+            await asyncio.to_thread(require_sound, self._blobs, [digest])
+        except DamagedError as error:
+            self._failure = error
+            self._notify()
+            raise
 
     async def begin_push(
         self, device_id: str, assignment_id: str, digest: str, size_bytes: int
@@ -464,7 +543,15 @@ class Engine:
 
     async def commit_push(self, device_id: str, upload_id: str) -> tuple[str, str]:
         """(receipt, "accepted" or "late"). Repeating it returns the same. Raises `RefusalError`."""
-        update = await self._intake.commit(device_id, upload_id)
+        try:
+            update = await self._intake.commit(device_id, upload_id)
+        except RefusalError as error:
+            if error.reason is Reason.BAD_UPDATE and upload_id not in self._refused:
+                self._refused.add(upload_id)  # once, however often it comes
+                self._audit.record(
+                    "update refused", run_id=self.spec.run_id, device_id=device_id, why=str(error)
+                )
+            raise
         assignment = update.assignment
         if update.new and update.reported:  # else the report tells
             self._consider(assignment.assignment_id)
@@ -497,6 +584,7 @@ class Engine:
         if record.report is None and report.outcome == "done" and step is not None:
             self._mirrors[device_id] = step.result.digest  # the next round may not await its poll
         self._records.put_report(report)
+        faults.point("report.kept")
         self._consider(report.assignment_id)
 
     def _consider(self, assignment_id: str) -> None:

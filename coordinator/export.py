@@ -20,7 +20,7 @@ from coordinator.lowrank import Bundle, stack
 from coordinator.methods import Method
 from coordinator.state import StateFile, StateReader
 from coordinator.store.blobs import BlobStore
-from coordinator.store.records import RunRecord
+from coordinator.store.rows import RunRecord
 from profiles.errors import MissingExtraError, SketchfleetError
 from profiles.model import resolve_base
 from protos.contract import AdapterSpec, BlobRef

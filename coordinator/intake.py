@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator.limits import Traffic, Watermark
 from coordinator.store.blobs import BlobStore
 from coordinator.store.group_commit import GroupCommit
-from coordinator.store.records import AssignmentRecord, Records, UploadRecord
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord, UploadRecord
+from protos import faults
 from protos.codecs import PackingError
 from protos.contract import AdapterSpec, Assignment, Reason, RefusalError
 from protos.layout import HEADER_BYTES, WrongAssignmentError, most_update_bytes
@@ -49,9 +52,14 @@ class Intake:
         blobs: BlobStore,
         too_late: Callable[[Assignment], str | None],
         clock: Callable[[], float],
+        traffic: Traffic,
+        room: Watermark,
     ) -> None:
         self._spec, self._records, self._blobs = spec, records, blobs
         self._too_late, self._clock = too_late, clock
+        self._traffic, self._room = traffic, room
+        # Told of another update (digest) for an assignment that a first one has answered.
+        self.second: Callable[[Assignment, str, str], None] = lambda task, first, other: None
         # Uploads that are growing, with what they answer: no query for each chunk.
         self._growing: dict[str, tuple[AssignmentRecord, UploadRecord]] = {}
         self._open: dict[str, str] = {}  # by assignment, the upload that counts
@@ -75,12 +83,14 @@ class Intake:
             )
         if record.update_digest is None:
             self._refuse_too_late(assignment)
-        _refuse_second(assignment, record.update_digest, digest)
+        self._refuse_second(assignment, record.update_digest, digest)
         upload_id = hashlib.sha256(f"{assignment_id}\0{digest}".encode()).hexdigest()[:32]
         other = self._open.get(assignment_id, upload_id)
         if other != upload_id:  # one open upload per assignment
             self._blobs.discard(other)
             self._growing.pop(other, None)
+        if record.update_digest is None:
+            self._room.require(size_bytes + self._due_bytes())
         upload = UploadRecord(upload_id, assignment_id, digest, size_bytes)
         self._open[assignment_id] = upload_id
         self._growing[upload_id] = (record, upload)
@@ -98,6 +108,8 @@ class Intake:
         May be called from any thread once the upload has begun here.
         """
         _, upload = self._upload(device_id, upload_id)
+        self._traffic.take(device_id, upload.assignment_id, upload.size_bytes, len(data))
+        self._room.require(len(data))
         try:
             part = self._blobs.part(upload_id, upload.size_bytes)
             return part.write(offset, data, checksum)
@@ -133,12 +145,14 @@ class Intake:
         self._refuse_too_late(assignment)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._keep, upload, assignment)
+        faults.point("upload.kept")
         standing, new, reported = await self._writes.write(
             lambda: self._records.put_update(
                 assignment.assignment_id, digest, upload.size_bytes, self._clock()
             )
         )
-        _refuse_second(assignment, standing, digest)  # another may have come since
+        faults.point("upload.accepted")
+        self._refuse_second(assignment, standing, digest)  # another may have come since
         self._forget(upload)
         return Accepted(assignment, digest, new, reported)
 
@@ -148,13 +162,21 @@ class Intake:
         try:
             if not held:
                 self._blobs.finish(upload.upload_id, upload.digest)
-            self._check(self._blobs.path(upload.digest), assignment)
+            check_update(self._blobs.path(upload.digest), self._spec, assignment)
         except TransferError as error:
             raise RefusalError(Reason.DIGEST_MISMATCH, str(error)) from error
         except PackingError as error:
             if not held:
                 self._blobs.drop(upload.digest)
             raise _refusal(error) from error
+
+    def _due_bytes(self) -> int:
+        """What uploads under way have still to bring."""
+        return sum(
+            upload.size_bytes - self._blobs.held(upload.upload_id)
+            for _, upload in self._growing.values()
+            if not self._blobs.holds(upload.digest)
+        )
 
     def _forget(self, upload: UploadRecord) -> None:
         self._growing.pop(upload.upload_id, None)
@@ -211,19 +233,30 @@ class Intake:
         if (why := self._too_late(assignment)) is not None:
             raise RefusalError(Reason.TOO_LATE, f"{why}; drop it and ask for a new task")
 
-    def _check(self, path: Path, assignment: Assignment) -> None:
-        """Decodes every module, which refuses what is not finite. Raises `PackingError`."""
-        reader = open_update(path, self._spec, assignment)
-        for name in reader.names:
-            parts, energy = reader.measured(name)
-            if energy < 0.9 * LARGEST_CHANGE**2:  # then none of them is, however sums are rounded
-                continue
-            largest = max(float(np.abs(v).max()) for v in parts.values())
-            if largest > LARGEST_CHANGE:
-                raise PackingError(
-                    f"{name} changes a weight by {largest:.1e}, no more than "
-                    f"{LARGEST_CHANGE:.0e} is merged; training diverged, lower the learning rate"
-                )
+    def _refuse_second(self, assignment: Assignment, standing: str | None, digest: str) -> None:
+        if standing is None or standing == digest:
+            return
+        self.second(assignment, standing, digest)
+        raise RefusalError(
+            Reason.EQUIVOCATION,
+            f"another update for {assignment.assignment_id} was already accepted; the first "
+            "one stands",
+        )
+
+
+def check_update(path: Path, spec: AdapterSpec, assignment: Assignment) -> None:
+    """Decodes every module, which refuses what is not finite. Raises `PackingError`."""
+    reader = open_update(path, spec, assignment)
+    for name in reader.names:
+        parts, energy = reader.measured(name)
+        if energy < 0.9 * LARGEST_CHANGE**2:  # then none of them is, however sums are rounded
+            continue
+        largest = max(float(np.abs(v).max()) for v in parts.values())
+        if largest > LARGEST_CHANGE:
+            raise PackingError(
+                f"{name} changes a weight by {largest:.1e}, no more than "
+                f"{LARGEST_CHANGE:.0e} is merged; training diverged, lower the learning rate"
+            )
 
 
 def _refusal(error: PackingError) -> RefusalError:
@@ -234,12 +267,3 @@ def _refusal(error: PackingError) -> RefusalError:
             "a new task",
         )
     return RefusalError(Reason.BAD_UPDATE, str(error))
-
-
-def _refuse_second(assignment: Assignment, standing: str | None, digest: str) -> None:
-    if standing not in (None, digest):
-        raise RefusalError(
-            Reason.EQUIVOCATION,
-            f"another update for {assignment.assignment_id} was already accepted; the first "
-            "one stands",
-        )

@@ -22,7 +22,8 @@ from coordinator.planner import DevicePlan, Level, PlanError, PlanPolicy, RoundP
 from coordinator.rounds import PlanRound
 from coordinator.state import SIDE, StateFile, StateReader
 from coordinator.store.blobs import BlobStore
-from coordinator.store.records import AssignmentRecord, Records
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 from profiles.model import ModelShape
@@ -227,6 +228,25 @@ class Issuer:
             blank = self._blank(asked, version, planned, plan.round_s)
             issued.append((self._filled(blank, planned, cutter, held), to_plain(planned)))
         return issued
+
+    def cut_again(self, record: AssignmentRecord) -> None:
+        """Stores the files of an assignment of the newest round anew, as they were.
+
+        They come from the same model; a mirror's step also from the mirror that it begins with.
+        """
+        task = record.assignment
+        _, files = self.files()
+        blank = dataclasses.replace(
+            task, slice=(), side=None, global_adapter=(), global_side=None, mirror=None
+        )
+        held = {} if task.mirror is None else {task.device_id: task.mirror.base}
+        side_rank = files[SIDE].payload.rank if SIDE in files else 0
+        version = self.files()[0]
+        cutter = Cutter(
+            self._config.wire, self._spec, self._method, self._blobs,
+            StateReader(self._spec, files), groups=self._files(version), side_rank=side_rank,
+        )  # fmt: skip
+        self._filled(blank, from_plain(DevicePlan, record.predicted), cutter, held)
 
     def _blank(
         self, asked: PlanRound, version: int, plan: DevicePlan, round_s: float

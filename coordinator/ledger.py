@@ -6,13 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from coordinator.ledger_types import NOTHING_HEARD, Contribution, LedgerRow
-from coordinator.store.records import (
-    AssignmentRecord,
-    DeviceRecord,
-    Records,
-    RoundRecord,
-    RunRecord,
-)
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord, DeviceRecord, RoundRecord, RunRecord
 from profiles.device import DeviceProfile
 from protos.contract import AdapterSpec, Evaluation, LocalReport, Payload, Stage, Subject
 

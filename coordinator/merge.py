@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from coordinator.ledger_types import Contribution
 from coordinator.lowrank import Bundle, ErrorEnergy, Matrix32, Rows
 from coordinator.methods import Method, MethodError, ModuleState, ModuleUpdate
 from coordinator.methods.base import normalised
+from coordinator.robust import MEAN, Robust, RobustRecord, Tally
 from coordinator.server_optimizer import ServerOptimizer
 from coordinator.state import StateFile, StateReader, StateWriter
 from profiles.model import ModuleShape
@@ -62,7 +64,8 @@ class MergeResult:
     errors: aggregation error by module, ||merged - ideal|| / ||ideal||, the ideal being the
     weighted mean of the devices' products in weight space; none where a method has no global
     model. error: over all modules. exact: computed by Gram matrices in every module, not by
-    random probes. contributions: by assignment id. attribution_s: what finding them took.
+    random probes. contributions: by assignment id. attribution_s: what finding them took. robust:
+    what the robust rule did, as JSON; None without one.
     """
 
     files: dict[str, StateFile]
@@ -72,6 +75,7 @@ class MergeResult:
     exact: bool
     contributions: dict[str, Contribution]
     attribution_s: float
+    robust: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,12 @@ class Merger:
     optimizer: ServerOptimizer
     start: Callable[[int], StateReader]
     new_file: Callable[[str], Path]
+    robust: Robust = MEAN
+
+    @property
+    def _streams(self) -> bool:
+        """Whether updates are looked at one at a time."""
+        return self.method.streams and not self.robust.holds_all
 
     def merge(
         self, round_: int, version: int, current: StateReader, updates: Sequence[StoredUpdate]
@@ -143,26 +153,32 @@ class Merger:
         ordered = sorted(
             updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
         )
-        spec, readers = self.spec, _Readers(self.spec, ordered, apart=not self.method.streams)
+        spec, readers = self.spec, _Readers(self.spec, ordered, apart=not self._streams)
         shares = normalised([update.weight for update in ordered])
         coverage = np.zeros(spec.rank)
         meter, given = ErrorMeter(), ContributionMeter(shares, spec.rank)
+        record = RobustRecord(self.robust.rule, [u.assignment.assignment_id for u in ordered])
 
         def one(module: ModuleShape) -> _Merged:
             sent = readers.module(module.name)
             return self._module(round_, current, ordered, shares, sent, module)
 
-        workers = len(os.sched_getaffinity(0)) if self.method.streams else 1
+        workers = len(os.sched_getaffinity(0)) if self._streams else 1
         for module, found in zip(spec.modules, _ahead(one, spec.modules, workers), strict=True):
             writer.write(module.name, found.state)
             coverage += found.coverage / len(spec.modules)
             given.add(found.rows, found.given)
+            record.add(found.robustly)
             if found.error is not None:
                 meter.add(module.name, found.error)
         for tensor in spec.dense:
             delta = np.zeros((tensor.out_features, tensor.in_features))
-            for i in range(len(ordered)):
-                delta += shares[i] * readers.dense(i, tensor.name)
+            if self.robust.rule == "none":
+                for i in range(len(ordered)):
+                    delta += shares[i] * readers.dense(i, tensor.name)
+            else:
+                said = [readers.dense(i, tensor.name) for i in range(len(ordered))]
+                delta = self.robust.dense(said, shares)
             values, moments = current.dense(tensor.name)
             step, kept = self.optimizer.step(delta, moments)
             for i in range(len(ordered)):
@@ -179,6 +195,7 @@ class Merger:
                 for update, of in zip(ordered, given.contributions(), strict=True)
             },
             attribution_s=given.seconds,
+            robust=None if self.robust.rule == "none" else record.plain(),
         )
 
     def _module(
@@ -196,12 +213,14 @@ class Merger:
         for update, delta in zip(updates, sent, strict=True):
             parts.append(self._update(module.name, update, delta, round_, before))
             coverage[parts[-1].rows] += 1
-        after = self.method.merge_module(before, parts, round_, self.optimizer)
+        robustly = self.robust.of(before, parts, shares)
+        after = self.method.merge_module(before, robustly.updates, round_, self.optimizer)
         error = None
         if self.method.has_global:
             error = measure(self.method, before, after, parts, shares)
-        given = attribute(self.method, before, after, parts, shares)
-        return _Merged(after, coverage, error, [part.rows for part in parts], given)
+        given = attribute(self.method, before, after, robustly.entered, robustly.shares)
+        rows = [part.rows for part in parts]
+        return _Merged(after, coverage, error, rows, given, robustly.tally)
 
     def _update(
         self, module: str, update: StoredUpdate, delta: _Delta, round_: int, before: ModuleState
@@ -254,6 +273,7 @@ class _Merged:
     error: ErrorEnergy | None
     rows: Sequence[Rows]
     given: Given
+    robustly: Tally
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coordinator.store.records import AssignmentRecord, RoundRecord
+from coordinator.store.rows import AssignmentRecord, RoundRecord
 from profiles.device import DeviceProfile
 from protos.contract import LocalReport
 

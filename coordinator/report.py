@@ -16,7 +16,9 @@ from coordinator.device_totals import DeviceTotals, device_totals
 from coordinator.fairness import FairnessSummary, summarise
 from coordinator.ledger import ledger_rows
 from coordinator.phases import DevicePhases, DeviceTime, device_phases, device_times
-from coordinator.store.records import AssignmentRecord, Records, RunRecord
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord, RunRecord
+from coordinator.store.screenings import QuarantineRecord, Screenings
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 
@@ -52,6 +54,7 @@ class RunReport:
     links: dict[str, str]
     times: tuple[DeviceTime, ...]  # by round and device
     phases: tuple[DevicePhases, ...]  # by device
+    quarantines: tuple[QuarantineRecord, ...] = ()  # that began in this run
 
     def plain(self) -> dict[str, Any]:
         """JSON values."""
@@ -69,6 +72,7 @@ class RunReport:
             "curve": [dataclasses.asdict(p) for p in self.curve],
             "rounds": list(self.rounds),
             "phases": [p.plain() for p in self.phases],
+            "quarantines": [dataclasses.asdict(q) for q in self.quarantines],
             "timeline": [dataclasses.asdict(t) for t in self.times],
         }
 
@@ -113,12 +117,15 @@ def build_report(records: Records, run_id: str) -> RunReport:
                 "aggregation_errors": r.detail.get("aggregation_errors", {}),
                 "aggregation_error_exact": r.detail.get("aggregation_error_exact"),
                 "merge_s": r.detail.get("merge_s"),
+                "not_merged": r.detail.get("dropped", {}),
+                "robust": r.detail.get("robust"),
             }
             for r in history
         ),
         links={d: _link(p) for d, p in profiles.items()},
         times=times,
         phases=device_phases(times, profiles),
+        quarantines=tuple(q for q in Screenings(records).quarantines() if q.run_id == run_id),
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from coordinator import rounds
-from coordinator.store.records import AssignmentRecord, RoundRecord
+from coordinator.store.rows import AssignmentRecord, RoundRecord
 
 
 def rebuilt(
@@ -63,7 +63,7 @@ def rebuilt(
         state = dataclasses.replace(state, phase="merging", closing=closing)
         return _with_late(state, missed, policy)
     state = _with_late(dataclasses.replace(state, phase="open"), earlier, policy)
-    return rounds.extended(state, max(0.0, away_s))
+    return rounds.extended(state, away_s)  # below 0 where the clock was set back meanwhile
 
 
 def key(record: AssignmentRecord) -> tuple[str, int]:

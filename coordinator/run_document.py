@@ -74,6 +74,7 @@ def run_document(report: RunReport, found: RunFairness, said: Sequence[Statement
             Section("Compression and fairness", _compression(found)),
             Section("Bytes and seconds", _costs(report, found)),
             Section("Alerts", _alerts(found)),
+            Section("Screening", _screening(report)),
             Section("References", (Bullets(_references(config)),)),
         ),
     )
@@ -331,6 +332,23 @@ def _alerts(found: RunFairness) -> tuple[Part, ...]:
         tuple((a.severity, a.subject, a.message, str(a.since_round)) for a in found.alerts),
         text_columns=3,
     ),)  # fmt: skip
+
+
+def _screening(report: RunReport) -> tuple[Part, ...]:
+    kept_out = sum(len(r["not_merged"]) for r in report.rounds)
+    said = Words(f"{counted(kept_out, 'update')} of those that arrived did not enter the model.")
+    if not report.quarantines:
+        return (said, Words("No device was put in quarantine."))
+    return (said, Table(
+        "Devices in quarantine: what they sent was checked and not merged.",
+        ("device", "since round", "until", "why"),
+        tuple(
+            (q.quarantine.device_id, str(q.quarantine.round), q.ended_by or "it still runs",
+             q.quarantine.reason)
+            for q in report.quarantines
+        ),
+        text_columns=4,
+    ))  # fmt: skip
 
 
 def _references(config: Mapping[str, Any]) -> tuple[str, ...]:

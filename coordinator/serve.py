@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import sqlalchemy
+
+from coordinator.clock import SteadyClock
 from coordinator.config import RunConfig
 from coordinator.engine import Engine
-from coordinator.enrolment import Enrolment, join_token
 from coordinator.issuing import Recorded
+from coordinator.listeners import open_listeners
 from coordinator.planner import DevicePlan
-from coordinator.service import add_services, make_server
 from coordinator.store.blobs import BlobStore
+from coordinator.store.database import locked
 from coordinator.store.records import Records
 from profiles.errors import SketchfleetError
 from profiles.model import (
@@ -34,6 +37,7 @@ from protos.contract import AdapterSpec, Classification, from_plain
 
 log = logging.getLogger("sketchfleet.coordinator")
 
+DRAIN_S = 20.0  # for uploads and a merge under way when told to stop
 FAREWELL_S = 30.0  # how long a finished run waits to tell the devices so
 
 
@@ -113,15 +117,29 @@ def build_spec(config: RunConfig, folder: Path) -> tuple[AdapterSpec, ModelShape
 
 @contextlib.contextmanager
 def _alone(state: Path) -> Iterator[None]:
-    """Holds the state folder for this process; the lock goes with the process."""
-    with (state / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ServeError(
-                f"another coordinator already serves from {state}; stop it first"
-            ) from error
+    """Holds the state folder for this process."""
+    with locked(state) as alone:
+        if not alone:
+            raise ServeError(f"another coordinator already serves from {state}; stop it first")
         yield
+
+
+@contextlib.contextmanager
+def _disk_told(state: Path) -> Iterator[None]:
+    """Says what to do where the state folder cannot be written. Raises `ServeError`."""
+    try:
+        yield
+    except (OSError, sqlite3.Error, sqlalchemy.exc.DBAPIError) as error:
+        raise ServeError(
+            f"state folder {state} cannot be used ({_cause(error)}); make room or see to its disk, "
+            "then start again: the run goes on where it was"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, sqlalchemy.exc.DBAPIError):
+        return str(error.orig)
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def load_recorded(path: Path) -> Recorded:
@@ -137,10 +155,38 @@ def load_recorded(path: Path) -> Recorded:
     return plans
 
 
+async def _drive(engine: Engine, driving: asyncio.Task[None], stop: asyncio.Event) -> None:
+    """Until the run is finished and its devices know, or `stop`. Raises what the engine did."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if driving.done():
+        driving.result()
+        until = time.monotonic() + FAREWELL_S
+        while not engine.told_finished() and not stop.is_set() and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+
+
+def _told_to_stop() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; a second one ends the process at once, as it would."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def told() -> None:
+        stop.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    for number in numbers:
+        loop.add_signal_handler(number, told)
+    return stop
+
+
 async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
     """Runs the coordinator until the run is finished or it is told to stop.
 
-    Raises `ServeError` or `WebError` when the state folder or a port is taken.
+    Raises `ServeError`, `ListenError` or `WebError` when the state folder or a port is taken, and
+    `AuthorityError` where no certificate authority was made.
     """
     from coordinator.web.facts import FactReader, Live
     from coordinator.web.server import dashboard
@@ -150,48 +196,36 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
     state = config.server.state
     records, blobs = open_state(state)
     with _alone(state):
-        token, token_file = join_token(state)
-        engine = Engine(config, spec, shape, records, blobs, recorded=recorded)
-        enrolment = Enrolment(records, token, config.server.credential_days * 86400)
-        server = make_server()
-        add_services(server, enrolment, engine)
-        try:
-            port = server.add_insecure_port(config.server.listen)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ServeError(
-                f"{config.server.listen} cannot be listened on: the port is in use or the address "
-                "is not this machine's; stop what listens there or change [server] listen"
+        with _disk_told(state):
+            engine = Engine(
+                config, spec, shape, records, blobs, recorded=recorded, clock=SteadyClock()
             )
+            server = open_listeners(config.server, config.pki, engine, records)
         read = FactReader(
             records, spec.run_id, lambda: Live(engine.state, dict(engine.progress), engine.left_out)
         )
         async with dashboard(config, read) as address:
-            stop = asyncio.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            stop = _told_to_stop()
             await server.start()
-            log.warning("plain text on loopback: for one machine only")
             log.info(
                 "serving",
                 extra={
                     "run_id": spec.run_id,
-                    "address": f"{config.server.listen.rpartition(':')[0]}:{port}",
-                    "join_token_file": str(token_file),
+                    **server.facts,
                     "round": engine.state.round,
                     "dashboard": address,
                 },
             )
             driving = asyncio.create_task(engine.run())
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if driving.done():
-                driving.result()
-                until = time.monotonic() + FAREWELL_S
-                while not engine.told_finished() and not stop.is_set() and time.monotonic() < until:
-                    await asyncio.sleep(0.1)
-            stopping.cancel()
-            driving.cancel()
-            await server.stop(grace=2)
+            try:
+                with _disk_told(state):
+                    await _drive(engine, driving, stop)
+                if not driving.done():
+                    log.info("stopping", extra={"round": engine.state.round, "at_most_s": DRAIN_S})
+                    until = time.monotonic() + DRAIN_S
+                    await engine.drain(DRAIN_S)
+                    await server.stop(grace=max(0.0, until - time.monotonic()))
+            finally:
+                driving.cancel()
+                await server.stop(grace=2)
     records.close()

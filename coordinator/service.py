@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 
 import grpc
 
+from coordinator.callers import Callers, Guard, device_of_call
+from coordinator.connections import room_for_connections
 from coordinator.engine import Engine, Task
-from coordinator.enrolment import Enrolment
+from coordinator.plausible import require_plausible, require_plausible_report
 from coordinator.store.blobs import UnknownBlobError
+from coordinator.throttle import Throttle
 from profiles.device import DeviceProfile
 from protos.chunk import Chunk, chunk_message, read_chunk
 from protos.contract import (
@@ -55,7 +58,9 @@ Handler = Callable[[Any, Any, Any], Awaitable[R]]
 SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_concurrent_streams", 64),
+    ("grpc.max_concurrent_streams", 32),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 600_000),
     ("grpc.keepalive_time_ms", 300_000),
     ("grpc.keepalive_timeout_ms", 60_000),  # TCP's too: outlives a link's outage
     ("grpc.keepalive_permit_without_calls", 1),
@@ -72,9 +77,10 @@ _KIND = {
 }
 
 
-async def _refuse(context: Any, error: Exception) -> None:
+async def refuse(context: Any, error: Exception) -> None:
+    """Ends a call with the status of an error."""
     if isinstance(error, RefusalError):
-        await context.abort_with_status(status_of(error.reason, str(error)))
+        await context.abort_with_status(status_of(error.reason, str(error), error.retry_s))
     if isinstance(error, ContractError):
         await context.abort_with_status(status_of(Reason.BAD_REQUEST, str(error)))
     if isinstance(error, UnknownBlobError):
@@ -93,63 +99,33 @@ def answered(handler: Handler[R]) -> Handler[R]:
         try:
             return await handler(self, request, context)
         except Exception as error:  # the rim: everything becomes a status
-            await _refuse(context, error)
+            await refuse(context, error)
             raise
 
     return wrapped
 
 
-class _Authenticated:
-    def __init__(self, enrolment: Enrolment) -> None:
-        self._enrolment = enrolment
-
-    def _device(self, context: Any) -> str:
-        """The device that calls. Raises `RefusalError`."""
-        metadata = dict(context.invocation_metadata() or ())
-        scheme, _, credential = str(metadata.get("authorization", "")).partition(" ")
-        if scheme != "Bearer":
-            raise RefusalError(Reason.BAD_CREDENTIAL, "the call carries no credential; enrol first")
-        return self._enrolment.authenticate(credential, time.time())
-
-
-class EnrolmentService(rpc.EnrolmentServiceServicer):
-    """Joining the fleet; the only calls without a credential."""
-
-    def __init__(self, enrolment: Enrolment) -> None:
-        self._enrolment = enrolment
-
-    @answered
-    async def Enroll(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Trades the join token for a credential."""
-        device_id, credential, expires_in_s = self._enrolment.enroll(
-            request.token, request.device_name, time.time()
-        )
-        log.info("device enrolled", extra={"device_id": device_id})
-        return pb.EnrollResponse(
-            device_id=device_id, credential=credential, expires_in_s=expires_in_s
-        )
-
-
-class FleetService(_Authenticated, rpc.FleetServiceServicer):
+class FleetService(rpc.FleetServiceServicer):
     """The life of an enrolled device."""
 
-    def __init__(self, enrolment: Enrolment, engine: Engine) -> None:
-        super().__init__(enrolment)
-        self._engine = engine
+    def __init__(self, callers: Callers, engine: Engine) -> None:
+        self._callers, self._engine = callers, engine
 
     @answered
     async def Renew(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Replaces the caller's credential."""
-        credential, expires_in_s = self._enrolment.renew(self._device(context), time.time())
-        return pb.RenewResponse(credential=credential, expires_in_s=expires_in_s)
+        """Replaces the caller's certificate or credential."""
+        return self._callers.renew(device_of_call(), request)
 
     @answered
     async def NextTask(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Long poll and heartbeat."""
-        device_id = self._device(context)
+        device_id = device_of_call()
+        if request.working_on:
+            _refuse_foreign(request.working_on, device_id)
         profile = None
         if request.HasField("profile"):
             profile = from_message(request.profile, DeviceProfile)
+            require_plausible(profile)
         wait_s = min(max(0.0, request.wait_s), MAX_WAIT_S)  # in this order NaN becomes 0
         progress = None
         if request.HasField("progress"):
@@ -158,22 +134,23 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
         task = await self._engine.next_task(
             device_id, profile, request.working_on, wait_s, progress, mirror
         )
-        return _task_message(task)
+        answer = _task_message(task)
+        if request.trust_digest:
+            answer.trust_bundle = self._callers.news(request.trust_digest)
+        return answer
 
     @answered
     async def Report(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Takes what a local round measured."""
-        self._engine.report(self._device(context), from_message(request.report, LocalReport))
+        report = from_message(request.report, LocalReport)
+        require_plausible_report(report)
+        self._engine.report(device_of_call(), report)
         return pb.ReportResponse()
 
     async def Probe(  # noqa: N802
         self, request_iterator: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[Any]:
         """Times the upload here, from the second message on, then sends as much as asked."""
-        try:
-            self._device(context)
-        except RefusalError as error:
-            await _refuse(context, error)
         started, timed, received, reply = 0.0, 0, 0, 0
         async for message in request_iterator:
             received += len(message.payload)
@@ -190,11 +167,10 @@ class FleetService(_Authenticated, rpc.FleetServiceServicer):
             yield pb.ProbeResponse(payload=block[: reply - offset])
 
 
-class TransferService(_Authenticated):
+class TransferService:
     """Bytes, both ways. Registers itself: chunks are (de)serialised by `protos.chunk`."""
 
-    def __init__(self, enrolment: Enrolment, engine: Engine) -> None:
-        super().__init__(enrolment)
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     @property
@@ -212,16 +188,19 @@ class TransferService(_Authenticated):
     async def Fetch(self, request: Any, context: Any) -> AsyncIterator[bytes]:  # noqa: N802
         """Streams a blob from an offset, as serialised messages."""
         try:
-            self._device(context)
-            path = self._engine.blob_path(request.digest)
-        except (RefusalError, UnknownBlobError) as error:
-            await _refuse(context, error)
+            path = self._engine.blob_path(device_of_call(), request.digest)
+            if request.offset <= 0:
+                await self._engine.suspect(device_of_call(), request.digest)
+        except Exception as error:  # noqa: BLE001 - the rim: everything becomes a status
+            await refuse(context, error)
             return
         # The device knows its link: on the way a proxy may swallow chunks as fast as they come.
         wanted = request.chunk_bytes
         most, first = (2 * wanted, wanted) if wanted > 0 else (CHUNK_BYTES, FIRST_CHUNK_BYTES)
         size = ChunkSize(max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, most)), first)
+        device_id, size_bytes = device_of_call(), path.stat().st_size
         for offset, data in chunks(path, max(0, request.offset), size):
+            self._engine.traffic.take(device_id, request.digest, size_bytes, len(data))
             yield chunk_message(Chunk(offset, data, checksum_of(data)))
 
     async def Push(  # noqa: N802
@@ -229,7 +208,7 @@ class TransferService(_Authenticated):
     ) -> AsyncIterator[Any]:
         """Takes an update: declared, chunk by chunk, accepted."""
         try:
-            device_id = self._device(context)
+            device_id = device_of_call()
             first = await anext(aiter(request_iterator), None)
             if not isinstance(first, pb.PushRequest) or not first.HasField("update"):
                 raise ContractError("a push begins with the update it brings; restart the agent")
@@ -247,13 +226,22 @@ class TransferService(_Authenticated):
             receipt, outcome = await self._engine.commit_push(device_id, upload_id)
             yield pb.PushResponse(receipt=receipt, outcome=outcome)
         except Exception as error:  # noqa: BLE001 - the rim: everything becomes a status
-            await _refuse(context, error)
+            await refuse(context, error)
 
     async def _put(self, device_id: str, upload_id: str, chunk: Chunk) -> int:
         put = functools.partial(
             self._engine.put_chunk, device_id, upload_id, chunk.offset, chunk.data, chunk.crc32
         )
         return await asyncio.to_thread(put) if len(chunk.data) >= LARGE_CHUNK_BYTES else put()
+
+
+def _refuse_foreign(assignment_id: str, device_id: str) -> None:
+    """Ids are run.round.device (`coordinator.issuing`). Raises `RefusalError`."""
+    if assignment_id.split(".", 2)[2:] != [device_id]:
+        raise RefusalError(
+            Reason.UNKNOWN_ASSIGNMENT,
+            f"assignment {assignment_id[:80]!r} is not this device's; restart the agent",
+        )
 
 
 def _push_request(message: bytes) -> Any:
@@ -279,13 +267,14 @@ def _noise(size: int) -> bytes:
     return os.urandom(size)
 
 
-def add_services(server: Any, enrolment: Enrolment, engine: Engine) -> None:
-    """Registers every service on a `grpc.aio` server."""
-    rpc.add_EnrolmentServiceServicer_to_server(EnrolmentService(enrolment), server)
-    rpc.add_FleetServiceServicer_to_server(FleetService(enrolment, engine), server)
-    server.add_generic_rpc_handlers((TransferService(enrolment, engine).handlers,))
+def add_services(server: Any, callers: Callers, engine: Engine) -> None:
+    """Registers what enrolled devices call on a server that was made with `callers`."""
+    rpc.add_FleetServiceServicer_to_server(FleetService(callers, engine), server)
+    server.add_generic_rpc_handlers((TransferService(engine).handlers,))
 
 
-def make_server() -> grpc.aio.Server:
-    """A server whose limits are those of the contract."""
-    return grpc.aio.server(options=SERVER_OPTIONS)
+def make_server(callers: Callers, throttle: Throttle) -> grpc.aio.Server:
+    """A server whose limits are those of the contract, and that these callers alone may use."""
+    options = [*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", room_for_connections())]
+    interceptors = [Guard(callers, throttle.turn_away), throttle]
+    return grpc.aio.server(interceptors=interceptors, options=options)

@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import math
 import re
+import sqlite3
 import time
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -20,14 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edge_agent.access import membership, open_link
 from edge_agent.activity import Activity
 from edge_agent.bases import Bases
 from edge_agent.config import AgentConfig
-from edge_agent.failures import OWNER_MUST_ACT, BudgetError, failed
+from edge_agent.failures import OWNER_MUST_ACT, BudgetError, failed, is_of_disk
 from edge_agent.journal import Entry, Journal
-from edge_agent.link import Link, LinkError, RefusedError
+from edge_agent.link import LinkError, RefusedError
 from edge_agent.machine import Machine
-from edge_agent.membership import Membership
 from edge_agent.mirror import Mirror
 from edge_agent.network import DailyBudget, carried_bytes
 from edge_agent.pace import Courtesy, Pace
@@ -40,6 +41,7 @@ from edge_agent.training.connectors import require_usable
 from edge_agent.watch import RoundWatch
 from profiles.errors import SketchfleetError
 from profiles.model import ModelError
+from protos import faults
 from protos.codecs import PackingError
 from protos.contract import (
     AdapterSpec,
@@ -59,6 +61,8 @@ log = logging.getLogger("sketchfleet.agent")
 
 POLL_S = 45.0
 HEARTBEAT_S = 20.0
+DISK_S = 5.0  # between two tries to write where the disk said no
+AGAIN_S = 2.0  # before work is asked for again that the coordinator took back
 AWAY_S = 30.0  # between two looks at whether the owner lets it work again
 CHECKPOINT = ".checkpoint"
 NEVER_WANTED = (Reason.TOO_LATE, Reason.UNKNOWN_ASSIGNMENT, Reason.EQUIVOCATION, Reason.WRONG_SIZE,
@@ -101,12 +105,12 @@ class Agent:
                 self.folder.mkdir(mode=0o700, parents=True)  # it will hold the credential
         self.journal = Journal(self.folder)
         machine = machine or Machine()
-        self.link = Link(config.coordinator.address, Pace(config.network.most_bps))
+        self.link = open_link(config, Pace(config.network.most_bps))
         if config.policy.owner != "dedicated":
             self.link.pace.courtesy = Courtesy(
                 partial(carried_bytes, machine), lambda: self.link.moved_bytes
             )
-        self.fleet = Membership(config, self.link, version())
+        self.fleet = membership(config, self.link, version())
         self.trainer = TrainerProcess(
             config.trainer.python, config.limits.threads, self.folder / "trainer.log"
         )
@@ -122,6 +126,7 @@ class Agent:
         self.activity = Activity(Sensors(machine), config.policy.owner != "dedicated")
         self._charged_bytes = 0
         self._over = False
+        self._idle_since = self._ready_since = time.monotonic()
         for name in ("blobs", "work"):
             (self.folder / name).mkdir(exist_ok=True)
         self.mirror = Mirror(self.folder / "mirror")
@@ -134,37 +139,18 @@ class Agent:
         await asyncio.to_thread(require_usable, self.config.selection)
         self.status("enrolling")
         await self.fleet.sign_on()
-        idle_since = time.monotonic()
         try:
-            await self._send_pending()
-            ready_since = time.monotonic()
+            self._idle_since = self._ready_since = time.monotonic()
             while True:
-                ready_since += await self._stay_away()
-                answer = await self._poll(POLL_S)
-                self.link.patience_s = math.inf  # it was there: from now on only a break
-                if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
-                    self._clear("blobs")
-                    self._clear("work")
-                    self.mirror.clear()
-                    self.status("finished")
-                    log.info("run finished")
-                    return
-                spec = from_message(answer.spec, AdapterSpec)
-                if answer.kind == pb.NextTaskResponse.KIND_PROFILE:
-                    self.status("measuring")
-                    request = from_message(answer.profile_request, ProfileRequest)
-                    await self.profiler.measure(spec, request, self.trainer)
-                elif answer.kind == pb.NextTaskResponse.KIND_ASSIGNMENT:
-                    task = from_message(answer.assignment, Assignment)
-                    told = {"round": task.round, "remaining_s": round(answer.remaining_s)}
-                    log.info("assignment: %s", task.reason, extra=told)
-                    await self._work(spec, task, time.monotonic() - ready_since)
-                else:
-                    self.status("waiting", message=answer.message)
-                    if time.monotonic() - idle_since > self.config.trainer.idle_s:
-                        await self.trainer.stop()
-                    continue
-                idle_since = ready_since = time.monotonic()
+                try:
+                    await self._send_pending()
+                    if await self._turn():
+                        return
+                except (OSError, sqlite3.Error) as error:
+                    if not is_of_disk(error):
+                        raise
+                    log.error("state folder cannot be written: %s; trying again", error)
+                    await asyncio.sleep(DISK_S)
         finally:
             await self.trainer.stop()
             await self.link.close()
@@ -172,6 +158,38 @@ class Agent:
             self.budget.save()
             self.profiler.keep()
             self.journal.close()
+
+    async def _turn(self) -> bool:
+        """Asks for work once and does it. Returns whether the run is finished."""
+        self._ready_since += await self._stay_away()
+        answer = await self._poll(POLL_S)
+        self.link.patience_s = math.inf  # it was there: from now on only a break
+        if answer.kind == pb.NextTaskResponse.KIND_RUN_FINISHED:
+            self._clear("blobs")
+            self._clear("work")
+            self.mirror.clear()
+            self.status("finished")
+            log.info("run finished")
+            return True
+        spec = from_message(answer.spec, AdapterSpec)
+        if answer.kind == pb.NextTaskResponse.KIND_PROFILE:
+            self.status("measuring")
+            request = from_message(answer.profile_request, ProfileRequest)
+            await self.profiler.measure(spec, request, self.trainer)
+        elif answer.kind == pb.NextTaskResponse.KIND_ASSIGNMENT:
+            task = from_message(answer.assignment, Assignment)
+            told = {"round": task.round, "remaining_s": round(answer.remaining_s)}
+            log.info("assignment: %s", task.reason, extra=told)
+            if answer.message:
+                log.warning("the coordinator says: %s", answer.message)
+            await self._work(spec, task, time.monotonic() - self._ready_since)
+        else:
+            self.status("waiting", message=answer.message)
+            if time.monotonic() - self._idle_since > self.config.trainer.idle_s:
+                await self.trainer.stop()
+            return False
+        self._idle_since = self._ready_since = time.monotonic()
+        return False
 
     async def _poll(self, wait_s: float) -> Any:
         """One long poll; carries the profile when the coordinator has not seen it yet."""
@@ -265,6 +283,13 @@ class Agent:
             update, home = None, None
             if report.outcome in OWNER_MUST_ACT:
                 cause = AgentError(str(error))
+        except RefusedError as error:
+            if error.reason is not Reason.UNKNOWN_BLOB:
+                raise
+            # The round began anew, or the coordinator was restored from a backup.
+            log.warning("%s", error, extra={"round": assignment.round})
+            await asyncio.sleep(AGAIN_S)
+            return
         except asyncio.CancelledError:
             if not self._over:
                 training.cancel()
@@ -274,7 +299,10 @@ class Agent:
         finally:
             await _end(beside)
         report = dataclasses.replace(report, wait_s=wait_s)
-        await self._send(self.journal.add(report, update, home))
+        faults.point("agent.trained")
+        entry = self.journal.add(report, update, home)
+        faults.point("agent.journalled")
+        await self._send(entry)
         self._clear("work")
         if cause is not None:
             raise cause
@@ -288,9 +316,9 @@ class Agent:
             with contextlib.suppress(LinkError, RefusedError):
                 await self.profiler.refresh(may_measure=False)
                 profile = self.profiler.profile if self.profiler.is_due else None
-                answer = await self.link.next_task(
-                    profile, assignment_id, 0.0, 0.0, watch.progress(), self.mirror.digest
-                )
+                beat = partial(self.link.next_task, profile, assignment_id, 0.0, 0.0,
+                               watch.progress(), self.mirror.digest)  # fmt: skip
+                answer = await self.fleet.call(beat)
                 self._charge()
                 if profile is not None:
                     self.profiler.sent()
@@ -309,6 +337,7 @@ class Agent:
         begun, before = time.monotonic(), self.link.fetched_bytes
         resumes, resent = self.link.resumes, self.link.resent_bytes
         await self._fetch(assignment)
+        faults.point("agent.fetched", self.folder / "work" / assignment.assignment_id)
         await self._take_mirror(spec, assignment)
         self._charge()
         fetch_s, fetched = time.monotonic() - begun, self.link.fetched_bytes - before
@@ -397,6 +426,11 @@ class Agent:
         report = entry.report
         try:
             if entry.digest and not entry.committed:
+                if not await asyncio.to_thread(self.journal.holds, entry):
+                    log.error("an update is damaged on this disk; its round is done again",
+                              extra={"assignment_id": entry.assignment_id})  # fmt: skip
+                    self.journal.done(entry)
+                    return
                 self.status("pushing", assignment=entry.assignment_id)
                 path = self.journal.update_path(entry.digest)
                 size = path.stat().st_size
@@ -404,18 +438,22 @@ class Agent:
                 resumes, resent, begun = (
                     self.link.resumes, self.link.resent_bytes, time.monotonic()
                 )  # fmt: skip
-                receipt, outcome = await self.fleet.call(
-                    partial(self.link.push, entry.assignment_id, entry.digest, path)
-                )
+                push = partial(self.link.push, entry.assignment_id, entry.digest, path)
+                receipt, outcome = await self.fleet.call(push)
+                await faults.repeat("link.answered", push)
                 report = dataclasses.replace(
                     report, push_s=time.monotonic() - begun, pushed_bytes=size,
                     resumes=report.resumes + self.link.resumes - resumes,
                     resent_bytes=report.resent_bytes + self.link.resent_bytes - resent,
                 )  # fmt: skip
+                faults.point("agent.pushed")
                 self.journal.committed(entry.assignment_id, report)
                 self._charge()
                 log.info("update accepted", extra={"receipt": receipt, "outcome": outcome})
-            await self.fleet.call(partial(self.link.report, report, math.inf))
+            tell = partial(self.link.report, report, math.inf)
+            await self.fleet.call(tell)
+            await faults.repeat("link.answered", tell)
+            faults.point("agent.reported")
         except RefusedError as error:
             if error.reason not in NEVER_WANTED:
                 raise
@@ -429,6 +467,7 @@ class Agent:
 
     async def _send_pending(self) -> None:
         for entry in self.journal.pending():
+            self.link.patience_s = math.inf  # it was let in before: the coordinator comes back
             log.info("resuming", extra={"assignment_id": entry.assignment_id})
             await self._send(entry)
 

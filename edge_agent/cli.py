@@ -1,4 +1,4 @@
-"""sketchfleet-agent: run, probe, record, doctor, status, export, generate.
+"""sketchfleet-agent: enroll, run, probe, record, doctor, status, export, generate.
 
 Imports nothing heavy until it is needed.
 """
@@ -43,6 +43,19 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--tokens", type=int, default=512, help="per sequence")
             command.add_argument("--micro-batch", type=int, default=1, help="sequences per step")
             command.add_argument("--rank", type=int, default=8, help="of the adapter")
+    enroll = commands.add_parser(
+        "enroll",
+        help="join a fleet with what its operator handed over",
+        description="Makes this device's key and has the fleet sign a certificate for it.",
+    )
+    enroll.add_argument(
+        "invitation", metavar="FILE|WORD", help="the join file, or its short form in quotes"
+    )
+    enroll.add_argument("--config", type=Path, default=Path("agent.toml"), metavar="FILE")
+    enroll.add_argument(
+        "--patience", type=float, default=24.0, metavar="H",
+        help="how long to wait for the operator's approval, hours (default: 24)",
+    )  # fmt: skip
     record = commands.add_parser(
         "record",
         help="write down what the link to the coordinator is like over time",
@@ -77,15 +90,44 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int({
-            "run": _run, "probe": _probe, "doctor": _doctor, "status": _status,
+            "enroll": _enroll, "run": _run, "probe": _probe, "doctor": _doctor, "status": _status,
             "record": _record,
             "export": _export, "generate": _generate,
         }[args.command](args))  # fmt: skip
     except SketchfleetError as error:
         print(f"sketchfleet-agent: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        from edge_agent.failures import is_of_disk
+
+        if not is_of_disk(error):
+            raise
+        print(f"sketchfleet-agent: {error.filename} cannot be used ({error.strerror}); make room "
+              "or see to its disk, then start again: nothing is lost", file=sys.stderr)  # fmt: skip
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _enroll(args: argparse.Namespace) -> int:
+    from edge_agent.config import load_agent_config
+
+    config = load_agent_config(args.config)
+    from edge_agent.access import identity_of
+    from edge_agent.agent import version
+    from edge_agent.joining import enroll
+    from protos.invitation import read_invitation
+
+    name = config.device.name
+
+    def waiting() -> None:
+        print(f"{name} awaits approval: sketchfleet-coordinator approve {name}", flush=True)
+
+    identity = identity_of(config)
+    enroll(identity, read_invitation(args.invitation), name, version(), waiting,
+           3600 * args.patience)  # fmt: skip
+    print(f"{name} has joined the fleet at {identity.fleet['address']}")
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

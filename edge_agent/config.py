@@ -19,7 +19,7 @@ from edge_agent.training.git_history import GitRange
 from edge_agent.training.labelled import Columns, Labelled
 from edge_agent.training.records import Keys
 from profiles.errors import SketchfleetError
-from profiles.settings import Section, host_of, load_settings
+from profiles.settings import Section, host_of, is_loopback, load_settings
 
 
 class AgentConfigError(SketchfleetError):
@@ -42,14 +42,52 @@ class DeviceSection(Section):
 class CoordinatorSection(Section):
     """Where the coordinator is."""
 
-    address: str = "127.0.0.1:8470"
+    address: str = ""
+    """As enrolling told when empty."""
+    ca: Path | None = None
+    """For a fleet of your own PKI: roots that the coordinator's certificate is verified up to, PEM;
+    with them `certificate` and `key` of this device. They are read again when they change."""
+    certificate: Path | None = None
+    key: Path | None = None
+    plain_text: bool = False
+    """No TLS, and a join token from a file: for trials within this machine."""
     token_file: Path = Path("join-token")
+    """Of a plain-text fleet."""
 
     @field_validator("address")
     @classmethod
     def _host_and_port(cls, address: str) -> str:
-        host_of(address)
+        if address:
+            host_of(address)
         return address
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        given = [path is not None for path in (self.ca, self.certificate, self.key)]
+        if any(given) and not all(given):
+            raise ValueError("needs ca, certificate and key together, or none of them")
+        if self.plain_text and self.address and not is_loopback(host_of(self.address)):
+            raise ValueError(
+                f"plain_text is for trials within one machine, {self.address} is another; join "
+                "with `sketchfleet-agent enroll`"
+            )
+        if all(given) and not self.address:
+            raise ValueError("needs an address beside ca, certificate and key")
+        return self
+
+    @property
+    def own_pki(self) -> tuple[Path, Path, Path] | None:
+        """CA, certificate and key of the owner's PKI."""
+        if self.ca is None or self.certificate is None or self.key is None:
+            return None
+        return self.ca, self.certificate, self.key
+
+    def placed(self, here: Path) -> CoordinatorSection:
+        """The same with absolute paths."""
+        paths = {key: None if path is None else here / path.expanduser()
+                 for key in ("ca", "certificate", "key", "token_file")
+                 for path in [getattr(self, key)]}  # fmt: skip
+        return self.model_copy(update=paths)
 
 
 class DataSection(Section):
@@ -262,9 +300,7 @@ def load_agent_config(path: Path) -> AgentConfig:
     problems = config.evaluation.problems
     return config.model_copy(
         update={
-            "coordinator": config.coordinator.model_copy(
-                update={"token_file": here / config.coordinator.token_file.expanduser()}
-            ),
+            "coordinator": config.coordinator.placed(here),
             "data": _placed(here, config.data),
             "evaluation": config.evaluation.model_copy(
                 update={"problems": _absolute(here, problems) if problems else ""}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import time
 
-from edge_agent.checks import fleet, machine, trainer
-from edge_agent.checks.finding import Finding
+from edge_agent.access import address_of, has_joined, open_link
+from edge_agent.checks import fleet, identity, machine, trainer
+from edge_agent.checks.finding import Finding, fail
 from edge_agent.config import AgentConfig
 from edge_agent.machine import Machine
 from edge_agent.probe import find_machine
 from edge_agent.training.connectors import require_usable
+from profiles.errors import SketchfleetError
 
 
 def examine(
@@ -28,16 +30,31 @@ def examine(
     model, base_bytes = fleet.base_model(
         base or config.model.base, fleet.last_digest(state), facts.gpu is not None
     )
-    credential, kept = fleet.credential(config, time.time())
+    now = time.time()
+    if config.coordinator.plain_text:
+        shown = fleet.credential(config, now)[0]
+    else:
+        shown = identity.certificate(config, now)
     return [
         *machine.examine(here, facts, state, None if cap is None else cap * 10**6, base_bytes),
         *trainer.judge(trainer.ask(config.trainer.python), facts, os.environ, groups()),
         fleet.state_folder(state),
-        credential,
-        *fleet.coordinator(config.coordinator.address, kept),
+        shown,
+        *_coordinator(config),
         model,
         fleet.local_code(lambda: require_usable(config.selection)),
     ]
+
+
+def _coordinator(config: AgentConfig) -> list[Finding]:
+    """Asked only where the device knows how to reach it."""
+    if not config.coordinator.plain_text and not has_joined(config):
+        return []
+    try:
+        address = address_of(config)
+        return fleet.coordinator(address, lambda: open_link(config), has_joined(config))
+    except SketchfleetError as error:
+        return [fail("coordinator", str(error), "mend what it names")]
 
 
 def groups() -> list[str]:

@@ -5,6 +5,9 @@ The sentence travels, so it never holds paths or text of this device.
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+
 from edge_agent.trainer_process import TrainerError
 from profiles.errors import SketchfleetError
 from profiles.model import ModelError
@@ -13,8 +16,19 @@ from protos.contract import Assignment, LocalReport, Outcome, from_plain
 OWNER_MUST_ACT = ("no_data", "base_mismatch")  # trying again next round would fail alike
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+SQLITE_DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
+
+
 class BudgetError(SketchfleetError):
     """Today's data budget does not suffice."""
+
+
+def is_of_disk(error: OSError | sqlite3.Error) -> bool:
+    """Whether a disk that is full, read-only or failing says so, which may pass."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DISK_ERRORS
 
 
 def failed(assignment: Assignment, error: TrainerError | ModelError | BudgetError) -> LocalReport:

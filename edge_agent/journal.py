@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 from profiles.errors import SketchfleetError
+from protos import faults
 from protos.contract import AdapterSpec, ContractError, LocalReport, canonical_json, from_json
-from protos.transfer import sha256_of, sync_folder
+from protos.transfer import make_folder, move_durably, sha256_of
 
 log = logging.getLogger("sketchfleet.agent")
 
@@ -54,7 +54,7 @@ class Journal:
         self.folder = folder
         try:
             for name in ("updates", "home"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+                make_folder(folder / name)
             self._db = sqlite3.connect(folder / DATABASE, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -70,6 +70,11 @@ class Journal:
             raise JournalError(
                 f"state folder {folder} cannot be used ({error}); choose another [state] folder"
             ) from error
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether the update of an entry lies here as it was taken over."""
+        path = self.update_path(entry.digest)
+        return path.is_file() and sha256_of(path) == entry.digest
 
     def update_path(self, digest: str) -> Path:
         """Where an update lies."""
@@ -89,6 +94,7 @@ class Journal:
         digest = "" if update is None else self._take(update, "updates")
         kept = "" if home is None else self._take(home[1], "home")
         replaced = None
+        faults.point("journal.taken")
         with self._db:  # commits what was begun
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute(
@@ -137,10 +143,7 @@ class Journal:
     def _take(self, file: Path, folder: str) -> str:
         """Moves a file to where it is named by its digest, all on disk; returns the digest."""
         digest = sha256_of(file)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        file.replace(self.folder / folder / digest)
-        sync_folder(self.folder / folder)
+        move_durably(file, self.folder / folder / digest)
         return digest
 
     def _drop(self, folder: str, digest: str) -> None:

@@ -30,7 +30,7 @@ from protos.chunk import Chunk, read_chunk
 from protos.contract import BlobRef, LocalReport, Progress, Reason, to_message
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
-from protos.status import RESUMABLE, reason_of
+from protos.status import RESUMABLE, reason_of, retry_after_s
 from protos.transfer import (
     CHUNK_BYTES,
     CHUNK_S,
@@ -52,6 +52,8 @@ CONTROL_S = 15.0
 # rarely: after an outage of 20 s in 20 s more. Nothing is sent twice by that. Doubled while it is
 # in vain, up to `STALL_S`. An update's connection is kept that long: it holds what was sent.
 SILENT_S = 8.0
+LEAVE_S = 3600.0  # for transfers over a connection whose certificate was renewed meanwhile
+LONGEST_AWAY_S = 300.0  # that a coordinator may ask for
 LONGEST_ROUND_TRIP_S = 1.0  # of links that are used: a geostationary one's and its queue
 # What the owner's budget is charged beyond payloads (assumed): headers of HTTP/2, TCP and IP.
 CALL_BYTES, HEADER_SHARE = 400, 0.03
@@ -82,6 +84,14 @@ class LinkError(SketchfleetError):
     """The coordinator cannot be reached."""
 
 
+class BusyError(LinkError):
+    """The coordinator asks to be left alone for `retry_s`; nothing is lost."""
+
+    def __init__(self, sentence: str, retry_s: float) -> None:
+        super().__init__(sentence)
+        self.retry_s = min(LONGEST_AWAY_S, max(1.0, retry_s))
+
+
 class RefusedError(SketchfleetError):
     """The coordinator turned a request down; `reason` says what kind it was."""
 
@@ -107,11 +117,21 @@ class Link:
     `patience_s` is how long a transfer goes on without a byte before it raises `LinkError`.
     `resumes`, `fetched_bytes`, `moved_bytes` (both ways, headers estimated) and `resent_bytes` (of
     files, both ways: at most so many crossed the link again) count from the start. `on_transfer`
-    hears of every stretch of bytes that was timed. `pace` holds transfers back.
+    hears of every stretch of bytes that was timed. `pace` holds transfers back. Without
+    `credentials` plain text is spoken. `valid_until`: when the certificate ends, Unix s;
+    `on_trust` hears of roots (PEM) other than those of `trust_digest`.
     """
 
-    def __init__(self, address: str, pace: Pace | None = None) -> None:
+    def __init__(
+        self, address: str, pace: Pace | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:  # fmt: skip
         self.address = address
+        self._credentials = credentials
+        self._leaving: set[asyncio.Task[None]] = set()
+        self.valid_until = math.inf
+        self.trust_digest = b""
+        self.on_trust: Callable[[bytes], None] = lambda trust: None
         self.pace = pace or Pace()
         self.patience_s = STALL_S
         self.credential = ""
@@ -121,13 +141,21 @@ class Link:
         self.fetched_bytes = 0
         self.moved_bytes = 0
         self.on_transfer: Callable[[Transfer], None] = lambda transfer: None
-        self._control = grpc.aio.insecure_channel(address, options=[*_OPTIONS, *_CONTROL_OPTIONS])
-        self._enrolment = rpc.EnrolmentServiceStub(self._control)
-        self._fleet = rpc.FleetServiceStub(self._control)
+        self._dial_control()
         self._dial_bulk()
 
+    def _channel(self, options: list[tuple[str, int]]) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.address, options=options)
+        return grpc.aio.secure_channel(self.address, self._credentials, options=options)
+
+    def _dial_control(self) -> None:
+        self._control = self._channel([*_OPTIONS, *_CONTROL_OPTIONS])
+        self._enrolment = rpc.EnrolmentServiceStub(self._control)
+        self._fleet = rpc.FleetServiceStub(self._control)
+
     def _dial_bulk(self) -> None:
-        self._bulk = grpc.aio.insecure_channel(self.address, options=[*_OPTIONS, *_BULK_OPTIONS])
+        self._bulk = self._channel([*_OPTIONS, *_BULK_OPTIONS])
         # Not through the generated stub: chunks are (de)serialised by `protos.chunk`.
         service = f"/{pb.DESCRIPTOR.services_by_name['TransferService'].full_name}/"
         self._fetch: Any = self._bulk.unary_stream(
@@ -142,13 +170,27 @@ class Link:
         await self._bulk.close(None)
         self._dial_bulk()
 
+    async def secure(self, credentials: grpc.ChannelCredentials) -> None:
+        """Shows and trusts other certificates from the next call on; calls under way end first."""
+        self._credentials = credentials
+        for old in (self._control, self._bulk):
+            leaving = asyncio.create_task(old.close(LEAVE_S))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+        self._dial_control()
+        self._dial_bulk()
+
     async def close(self) -> None:
         """Hangs up."""
+        for leaving in tuple(self._leaving):
+            leaving.cancel()
         await self._control.close(None)
         await self._bulk.close(None)
 
     @property
     def _metadata(self) -> tuple[tuple[str, str], ...]:
+        if self._credentials is not None:
+            return ()
         return (("authorization", f"Bearer {self.credential}"),)
 
     async def enroll(self, token: str, device_name: str, version: str, patience_s: float) -> float:
@@ -174,6 +216,14 @@ class Link:
         self.credential = answer.credential
         return float(answer.expires_in_s)
 
+    async def renew_certificate(self, signing_request: bytes) -> Any:
+        """The RenewResponse for a fresh key. Raises `RefusedError`, `LinkError`."""
+        request = pb.RenewRequest(signing_request=signing_request)
+        return await self._persist(
+            lambda: self._fleet.Renew(request, timeout=CONTROL_S, metadata=self._metadata),
+            CONTROL_S,
+        )
+
     async def next_task(
         self, profile: DeviceProfile | None, working_on: str, wait_s: float, patience_s: float,
         progress: Progress | None = None, mirror: str | None = None,
@@ -181,17 +231,22 @@ class Link:
         """One long poll, or a heartbeat with `progress`; `mirror`: the digest of the one held, ""
         for none, None if none is ever kept. Raises `RefusedError`, `LinkError`.
         """
-        request = pb.NextTaskRequest(wait_s=wait_s, working_on=working_on, mirror=mirror)
+        request = pb.NextTaskRequest(
+            wait_s=wait_s, working_on=working_on, mirror=mirror, trust_digest=self.trust_digest
+        )
         if profile is not None:
             request.profile.CopyFrom(to_message(profile, pb.DeviceProfile))
         if progress is not None:
             request.progress.CopyFrom(to_message(progress, pb.Progress))
-        return await self._persist(
+        answer = await self._persist(
             lambda: self._fleet.NextTask(
                 request, timeout=wait_s + CONTROL_S, metadata=self._metadata
             ),
             patience_s,
         )
+        if answer.trust_bundle:
+            self.on_trust(answer.trust_bundle)
+        return answer
 
     async def report(self, report: LocalReport, patience_s: float) -> None:
         """Delivers a report; repeating it is harmless."""
@@ -386,6 +441,8 @@ class Link:
                 return await call()
             except grpc.aio.AioRpcError as error:
                 failure = self._failure(error)
+                if isinstance(failure, BusyError):
+                    pause_s = 2 * failure.retry_s
                 if isinstance(failure, RefusedError) or time.monotonic() + pause_s > until:
                     raise failure from error
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
@@ -399,6 +456,11 @@ class Link:
                 return await attempt()
             except grpc.aio.AioRpcError as error:
                 failure: Exception = self._failure(error)
+                if isinstance(failure, BusyError):
+                    log.info("%s", failure, extra={"at_byte": progress()})
+                    await asyncio.sleep(failure.retry_s * random.uniform(1.0, 1.5))  # noqa: S311
+                    moved_at = time.monotonic()
+                    continue
                 if isinstance(failure, RefusedError) and failure.reason not in (
                     Reason.WRONG_OFFSET, Reason.CORRUPT_CHUNK, Reason.DIGEST_MISMATCH,
                     Reason.UNKNOWN_UPLOAD,
@@ -421,8 +483,12 @@ class Link:
 
     def _failure(self, error: grpc.aio.AioRpcError) -> LinkError | RefusedError:
         reason, sentence = reason_of(error)
+        if reason in (Reason.SLOW_DOWN, Reason.NO_ROOM):
+            return BusyError(f"{self.address} asks to wait: {sentence}", retry_after_s(error))
         if reason is not None and reason is not Reason.INTERNAL:
             return RefusedError(reason, sentence)
+        if time.time() > self.valid_until:  # gRPC tells no more than that it was hung up on
+            return RefusedError(Reason.BAD_CREDENTIAL, "this device's certificate has expired")
         if error.code() in RESUMABLE:
             return LinkError(
                 f"the coordinator at {self.address} does not answer ({error.code().name.lower()}); "

@@ -6,12 +6,11 @@ is and how the next one is made is `protos.mirror`'s; fetching is the agent's.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from protos.contract import AdapterSpec, Assignment, BlobRef, MirrorStep
 from protos.mirror import MirrorError, advance
-from protos.transfer import sha256_of, sync_folder
+from protos.transfer import make_folder, move_durably, sha256_of
 
 NEXT = "next"  # being written
 
@@ -21,7 +20,7 @@ class Mirror:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         (folder / NEXT).unlink(missing_ok=True)
         found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         for path in found[:-1]:  # a kill came between the new one and the end of the old
@@ -64,11 +63,8 @@ class Mirror:
                 )
         else:
             (blobs / step.result.digest).replace(made)
-        with made.open("rb") as stream:
-            os.fsync(stream.fileno())
         old = self.path if self.digest else None
-        made.replace(self._folder / step.result.digest)
-        sync_folder(self._folder)
+        move_durably(made, self._folder / step.result.digest)
         self.digest = step.result.digest
         if old is not None:
             old.unlink(missing_ok=True)

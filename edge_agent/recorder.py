@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from edge_agent.access import address_of, membership, open_link
 from edge_agent.agent import version
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError
-from edge_agent.membership import Membership
 from profiles.errors import SketchfleetError
 from profiles.trace import LinkState, write_trace
 
@@ -241,9 +241,9 @@ async def record(
     `LinkError`, `RefusedError`.
     """
     config.state.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    address = config.coordinator.address
-    links = [Link(address) for _ in range(CONNECTIONS)]
-    fleet = Membership(config, links[0], version())
+    address = address_of(config)
+    links = [open_link(config) for _ in range(CONNECTIONS)]
+    fleet = membership(config, links[0], version())
     await fleet.sign_on()
     await fleet.call(links[0].ping)
     for link in links[1:]:

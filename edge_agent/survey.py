@@ -6,13 +6,13 @@ Gathers and shows; what is read and how is `probe`'s, `readings`' and `network`'
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from edge_agent.access import has_joined, open_link
 from edge_agent.agent import AgentError, version
 from edge_agent.config import AgentConfig
-from edge_agent.link import Link, LinkError, RefusedError
+from edge_agent.link import LinkError, RefusedError
 from edge_agent.machine import Machine
 from edge_agent.network import is_metered
 from edge_agent.probe import MachineFacts, find_machine, host_memory, probe
@@ -96,15 +96,13 @@ async def survey(
 
 
 async def _link(config: AgentConfig, metered: bool) -> LinkProfile:
-    link = Link(config.coordinator.address)
-    try:
+    if not has_joined(config):
+        raise AgentError("this device has not joined a fleet yet")
+    link = open_link(config)
+    if config.coordinator.plain_text and not link.credential:
         kept = config.state.folder / "credential.json"
-        if not kept.is_file():
-            raise AgentError("this device has not joined a fleet yet")
-        try:
-            link.credential = str(json.loads(kept.read_text())["credential"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AgentError(f"{kept} is damaged; the next `run` enrols again") from error
+        raise AgentError(f"{kept} is damaged; the next `run` enrols again")
+    try:
         return await link.probe(metered=metered)
     finally:
         await link.close()

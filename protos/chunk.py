@@ -13,6 +13,7 @@ from dataclasses import dataclass
 # Field numbers of fleet.proto.
 OFFSET, CRC32, ACKNOWLEDGE, DATA = 1, 3, 4, 40
 VARINT, LENGTH_DELIMITED = 0, 2
+MOST_FIELDS, MOST_VARINT_BYTES = 8, 10  # before the data; more is no chunk, and is not read through
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ def read_chunk(message: bytes) -> Chunk | None:
     values = {OFFSET: 0, ACKNOWLEDGE: 0}
     try:
         tag, at = _varint(message, 0)
-        while tag & 7 == VARINT:
+        for _ in range(MOST_FIELDS):
+            if tag & 7 != VARINT:
+                break
             values[tag >> 3], at = _varint(message, at)
             tag, at = _varint(message, at)
         if tag != DATA << 3 | LENGTH_DELIMITED:
@@ -66,10 +69,11 @@ def _put_varint(head: bytearray, value: int) -> None:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends). Raises `IndexError` where the message does."""
-    value = shift = 0
-    while message[at] > 127:
-        value |= (message[at] & 127) << shift
-        shift += 7
-        at += 1
-    return value | message[at] << shift, at + 1
+    """(value, below 2**64, where it ends). Raises `IndexError` where the message does."""
+    value = 0
+    for place in range(MOST_VARINT_BYTES):
+        byte = message[at + place]
+        value |= (byte & 127) << 7 * place
+        if byte < 128:
+            return value % 2**64, at + place + 1
+    raise IndexError("a varint has ten bytes at most")

@@ -42,6 +42,8 @@ class Reason(StrEnum):
 
     BAD_TOKEN = "BAD_TOKEN"  # noqa: S105 - a reason, not a secret
     BAD_CREDENTIAL = "BAD_CREDENTIAL"
+    REVOKED = "REVOKED"
+    PENDING = "PENDING"
     BAD_REQUEST = "BAD_REQUEST"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     UNKNOWN_BLOB = "UNKNOWN_BLOB"
@@ -54,6 +56,8 @@ class Reason(StrEnum):
     BAD_UPDATE = "BAD_UPDATE"
     EQUIVOCATION = "EQUIVOCATION"
     TOO_LATE = "TOO_LATE"
+    SLOW_DOWN = "SLOW_DOWN"  # asked too often, or for too many bytes: wait, then go on
+    NO_ROOM = "NO_ROOM"  # the coordinator's disk is full: wait, then go on
     INTERNAL = "INTERNAL"
 
 
@@ -62,11 +66,14 @@ class ContractError(SketchfleetError):
 
 
 class RefusalError(SketchfleetError):
-    """A request the coordinator turns down, with the reason an agent can branch on."""
+    """A request the coordinator turns down, with the reason an agent can branch on.
 
-    def __init__(self, reason: Reason, sentence: str) -> None:
+    retry_s: how long to wait before asking again, where that helps.
+    """
+
+    def __init__(self, reason: Reason, sentence: str, retry_s: float = 0.0) -> None:
         super().__init__(sentence)
-        self.reason = reason
+        self.reason, self.retry_s = reason, retry_s
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from profiles.errors import SketchfleetError
+from protos import faults
 
 LEAST_CHUNK_BYTES, FIRST_CHUNK_BYTES, CHUNK_BYTES = 4 * 1024, 32 * 1024, 512 * 1024
 CHUNK_S = 0.1  # of a link's rate is a chunk: what an interruption costs, and what heartbeats wait
@@ -87,23 +88,48 @@ def chunks(path: Path, offset: int, size: ChunkSize) -> Iterator[tuple[int, byte
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename inside `folder` survive a power cut."""
+    faults.point("disk", folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+    faults.synced_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Makes the bytes of a file survive a power cut; its name is its folder's."""
+    faults.point("disk", path)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    faults.synced_file(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those it lies in, so that they survive a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Gives a file another name in one instant; once it has that, its bytes are on disk."""
+    sync_file(source)
+    make_folder(target.parent)
+    source.replace(target)
+    faults.point("moved", target)
+    sync_folder(target.parent)
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Writes a whole file so that after a crash it is there entirely or not at all."""
+    faults.point("disk", path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(handle, "wb") as stream:
         stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    move_durably(temporary, path)
 
 
 class PartFile:
@@ -116,7 +142,7 @@ class PartFile:
     def __init__(self, path: Path, size_bytes: int) -> None:
         self.path = path
         self.size_bytes = size_bytes
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._stream: IO[bytes] = path.open("ab", buffering=0)
         self._lock = threading.Lock()
         self.length = path.stat().st_size
@@ -143,6 +169,7 @@ class PartFile:
                 f"chunk of {len(data)} bytes at {offset} lies outside the {self.size_bytes} bytes "
                 "declared; begin the push again"
             )
+        faults.point("disk", self.path)
         with self._lock:
             if offset > self.length:
                 raise OffsetError(
@@ -173,13 +200,12 @@ class PartFile:
                 f"the bytes have digest {found[:12]}, not the promised {digest[:12]}; "
                 "send them again"
             )
-        if durable:
-            os.fsync(self._stream.fileno())
         self.close()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.path.replace(target)
         if durable:
-            sync_folder(target.parent)
+            move_durably(self.path, target)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.path.replace(target)
 
     def close(self) -> None:
         """Closes the file; what it holds stays for a later resume."""

@@ -34,6 +34,7 @@ from protos.layout import (
 )
 
 Buffer = bytes | bytearray | memoryview
+LEAST_WINDOW_BYTES, MOST_WINDOW_BYTES = 1 << 10, 1 << 31  # that Zstandard knows
 
 
 class PackedReader:
@@ -157,7 +158,10 @@ class PackedReader:
                     f"a block would take {claimed} bytes, its spec allows {block.most_bytes}; "
                     "discard the file"
                 )
-            whole = zstandard.ZstdDecompressor().decompress(data)
+            # It is decoded to that size exactly; max_output_size would be ignored.
+            most = min(MOST_WINDOW_BYTES, max(LEAST_WINDOW_BYTES, 2 * block.most_bytes))
+            frame = zstandard.ZstdDecompressor(max_window_size=most)
+            whole = frame.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise WrongSizeError(
                 f"a compressed block is damaged ({error}); send it again"

@@ -22,12 +22,15 @@ import grpc
 import numpy as np
 from safetensors.numpy import save_file
 
+from coordinator.authority import Authority
+from coordinator.bearer import join_token
 from coordinator.config import RunConfig
 from coordinator.engine import Engine
-from coordinator.enrolment import Enrolment, join_token
+from coordinator.listeners import AUTHORITY, open_listeners
 from coordinator.serve import build_spec, open_state
-from coordinator.service import add_services, make_server
 from coordinator.state import StateFile, StateReader
+from edge_agent.identity import Identity
+from edge_agent.joining import enroll
 from edge_agent.link import Link
 from edge_agent.mirror import Mirror
 from profiles.device import ComputeProfile, DeviceProfile
@@ -42,6 +45,7 @@ from protos.contract import (
     from_message,
 )
 from protos.fitting import fit
+from protos.invitation import Invitation, pin_of
 from protos.mirror import slice_of, whole_of
 from protos.packing import pack
 from protos.sketch import initial_down, slice_rows
@@ -97,7 +101,7 @@ def make_config(base, state, **sections):
         "training": {"precision": "nf4", "sequence_tokens": 64, "local_steps": 4},
         "round": {"min_devices": len(NAMES), "gather_s": 0.0, "round_s": 10.0},
         "evaluation": {"every_rounds": 2, "sequences": 2},
-        "server": {"listen": "127.0.0.1:0", "state": str(state)},
+        "server": {"listen": "127.0.0.1:0", "state": str(state), "plain_text": True},
     }
     for section, keys in sections.items():
         plain[section] = {**plain.get(section, {}), **keys}
@@ -135,7 +139,7 @@ class Coordinator:
 
     def __init__(self, config, *, clock=time.time, recorded=None):
         self.config, self.clock, self.recorded = config, clock, recorded
-        self.port = 0
+        self.port = self.joining_port = 0
         self.running = False
 
     async def start(self):
@@ -145,14 +149,22 @@ class Coordinator:
         state = self.config.server.state
         spec, shape = build_spec(self.config, Path(self.config.model.base))
         self.records, self.blobs = open_state(state)
-        self.token, _ = join_token(state)
         self.engine = Engine(
             self.config, spec, shape, self.records, self.blobs,
             recorded=self.recorded, clock=self.clock,
         )  # fmt: skip
-        self.server = make_server()
-        add_services(self.server, Enrolment(self.records, self.token, 86400.0), self.engine)
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        place = self.config.server.model_copy(
+            update={
+                "listen": f"127.0.0.1:{self.port}",
+                "enrolment": f"127.0.0.1:{self.joining_port}",
+            }
+        )
+        if not place.plain_text and self.config.pki is None and not (state / AUTHORITY).exists():
+            Authority.create(state / AUTHORITY, ["127.0.0.1"])
+        self.server = open_listeners(place, self.config.pki, self.engine, self.records)
+        self.port, self.joining_port = self.server.port, self.server.joining_port
+        if place.plain_text:
+            self.token, _ = join_token(state)
         await self.server.start()
         self.driving = asyncio.create_task(self.engine.run())
         self.running = True
@@ -198,6 +210,17 @@ class Coordinator:
     @property
     def address(self):
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def enrolment(self):
+        """Who may join a fleet with certificates."""
+        return self.server.enrolment
+
+    def invitation(self, **terms):
+        """A join token, as `create_token` takes its terms."""
+        authority = self.enrolment.authority
+        token, pin = self.enrolment.create_token(**terms), pin_of(authority.trust)
+        return Invitation(token, f"127.0.0.1:{self.joining_port}", pin, authority.trust)
 
     @property
     def state(self):
@@ -246,13 +269,22 @@ class Device:
     def __init__(self, name, address, folder, profile, mirrored=False):
         self.name, self.folder, self.profile = name, folder, profile
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.link = Link(address)
+        self.address, self.link = address, Link(address)
+        self.identity = Identity(self.folder / "identity")
         self.mirror = Mirror(self.folder / "mirror") if mirrored else None
         self.homes = {}  # by round: module -> (rows, what stayed at home)
 
     async def enroll(self, token):
         """Joins and says at the first poll what it is."""
         await self.link.enroll(token, self.name, "test", 5.0)
+
+    async def join(self, invitation):
+        """Joins a fleet with certificates."""
+        await asyncio.to_thread(
+            enroll, self.identity, invitation, self.name, "test", lambda: None, 20.0
+        )
+        await self.link.close()
+        self.link = Link(self.address, None, self.identity.credentials)
 
     async def poll(self, wait_s=0.0, working_on="", profile=None):
         """One long poll."""
@@ -501,7 +533,10 @@ async def fleet(folder, *, names=NAMES, profiles=UNEQUAL, dimensions=SMALL, cloc
     }  # fmt: skip
     try:
         for device in devices.values():
-            await device.enroll(coordinator.token)
+            if config.server.plain_text:
+                await device.enroll(coordinator.token)
+            else:
+                await device.join(coordinator.invitation())
         yield Fleet(coordinator, devices)
     finally:
         for device in devices.values():

@@ -28,15 +28,37 @@ HELPS = [
     ("coordinator.cli",),
     *(
         ("coordinator.cli", c)
-        for c in ("serve", "devices", "runs", "report", "ledger", "dashboard", "export", "plan")
+        for c in (
+            "serve",
+            "devices",
+            "runs",
+            "report",
+            "ledger",
+            "dashboard",
+            "export",
+            "plan",
+            "init",
+            "token",
+            "approve",
+            "revoke",
+            "rotate-ca",
+            "backup",
+            "restore",
+            "audit",
+            "release",
+            "quarantine",
+        )
     ),
     ("edge_agent.cli",),
     *(
         ("edge_agent.cli", c)
-        for c in ("run", "probe", "doctor", "status", "record", "export", "generate")
+        for c in ("enroll", "run", "probe", "doctor", "status", "record", "export", "generate")
     ),
     ("trials.cli",),
-    *(("trials.cli", c) for c in ("run", "plot", "demo", "compare", "capped", "study")),
+    *(
+        ("trials.cli", c)
+        for c in ("run", "plot", "demo", "compare", "capped", "study", "chaos", "attacks")
+    ),
 ]
 LLAMA = {
     "model_type": "llama",
@@ -143,7 +165,7 @@ def run_toml(folder: Path, **changes: Mapping[str, Any]) -> Path:
         "run": {"name": "cli"},
         "model": {"base": "base"},
         "adapter": {"rank": 4},
-        "server": {"listen": f"127.0.0.1:{free_port()}", "state": "state"},
+        "server": {"listen": f"127.0.0.1:{free_port()}", "state": "state", "plain_text": True},
         "web": {"listen": ""},
     }
     for name, change in changes.items():
@@ -444,7 +466,11 @@ def agent_toml(folder: Path, **changes: Mapping[str, Any]) -> Path:
         (code / "a.py").write_text("print('a')\n" * 20)
     sections: dict[str, dict[str, Any]] = {
         "device": {"name": "cli-device"},
-        "coordinator": {"address": f"127.0.0.1:{free_port()}", "token_file": "token"},
+        "coordinator": {
+            "address": f"127.0.0.1:{free_port()}",
+            "token_file": "token",
+            "plain_text": True,
+        },
         "data": {"include": ["code"]},
         "state": {"folder": "state"},
     }

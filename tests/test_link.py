@@ -13,9 +13,10 @@ import pytest
 
 from edge_agent import link as link_module
 from edge_agent import push_stream
+from edge_agent.bearer import BearerMembership
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
-from edge_agent.membership import Membership, MembershipError
+from edge_agent.membership import MembershipError
 from edge_agent.pace import Pace
 from protos.chunk import Chunk, chunk_message
 from protos.contract import BlobRef, LocalReport, Payload, Reason
@@ -418,7 +419,7 @@ async def test_renewing_over_the_wire_ends_the_old_credential(harness, tmp_path)
     async with harness.fleet(tmp_path, names=("ash",)) as fleet:
         link = fleet["ash"].link
         old = link.credential
-        assert await link.renew() == 86400.0 and link.credential != old
+        assert await link.renew() == 7 * 86400.0 and link.credential != old
         await fleet["ash"].poll()
         link.credential = old
         with pytest.raises(RefusedError, match="enrol again"):
@@ -462,12 +463,16 @@ def member(tmp_path):
         (tmp_path / "agent").mkdir()
         plain = {
             "device": {"name": "ash"},
-            "coordinator": {"address": coordinator.address, "token_file": tmp_path / "token"},
+            "coordinator": {
+                "address": coordinator.address,
+                "token_file": tmp_path / "token",
+                "plain_text": True,
+            },
             "data": {"include": ["code"]},
             "state": {"folder": tmp_path / "agent"},
         }
         link = Link(coordinator.address)
-        return Membership(AgentConfig.model_validate(plain), link, "test"), link
+        return BearerMembership(AgentConfig.model_validate(plain), link, "test"), link
 
     return of
 

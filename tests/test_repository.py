@@ -45,7 +45,9 @@ def texts(*, suffixes: tuple[str, ...] = (), but: tuple[str, ...] = ()) -> list[
     found: list[tuple[str, str]] = []
     for path in tracked():
         name = path.relative_to(ROOT).as_posix()
-        generated = "_pb2" in path.name or name.startswith("trials/nano_code/")
+        generated = "_pb2" in path.name or name.startswith(
+            ("trials/nano_code/", "tests/fuzz/corpus/")
+        )
         if generated or path == Path(__file__).resolve() or path.suffix in but:
             continue
         if suffixes and path.suffix not in suffixes:

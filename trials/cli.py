@@ -65,6 +65,23 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--quick", action="store_true", help="the shipped quick settings")
     study.add_argument("--data", type=Path, metavar="FOLDER",
                        help="rank-shift: the folder of the labelled files, as GLUE's")  # fmt: skip
+    chaos = commands.add_parser(
+        "chaos", help="a run under random faults, which must end as one that is left alone"
+    )
+    chaos.add_argument("--faults", type=int, default=200, help="how many (default: 200)")
+    chaos.add_argument("--rounds", type=int, default=20, help="training rounds (default: 20)")
+    chaos.add_argument("--seed", type=int, default=1, help="of the faults and the run (default: 1)")
+    chaos.add_argument("--out", type=Path, default=Path("chaos-output"), metavar="FOLDER")
+    attacks = commands.add_parser(
+        "attacks", help="hostile devices under every robust merge: a table (docs/security.md)"
+    )
+    attacks.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+                         help="for runs and report; a table that was stopped goes on")  # fmt: skip
+    attacks.add_argument(
+        "--quick",
+        action="store_true",
+        help="two of ten hostile, no rule against what is recommended",
+    )
     for command in (demo, compare):
         command.add_argument(
             "--data", action="append", default=[], metavar="NAME=FOLDER", help=OWN_DATA
@@ -80,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
 
             print(plot_trials(args.folders, args.out))
             return 0
+        if args.command == "chaos":
+            from trials.chaos import chaos as run_chaos
+
+            return run_chaos(args.out, args.faults, args.rounds, args.seed)
         if args.command == "demo":
             from trials.demo import demo as run_demo
 
@@ -92,6 +113,10 @@ def main(argv: list[str] | None = None) -> int:
             from trials.study.command import study as run_study
 
             return run_study(args.name, args.config, args.out, args.jobs, args.quick)
+        if args.command == "attacks":
+            from trials.attacks_report import attacks as run_attacks
+
+            return run_attacks(args.out, args.quick)
         if args.command == "capped":
             from trials.capped import capped as run_capped
 

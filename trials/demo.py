@@ -125,7 +125,7 @@ def demo(out: Path, rounds: int, chosen: Sequence[str], *, local_only: bool = Fa
     if local_only:
         sections["evaluation"]["local_only"] = True
         sections["round"]["round_s"] *= 2
-    with LocalFleet(folder, sections, setups, web_port=free_port()) as fleet:
+    with LocalFleet(folder, sections, setups, web_port=free_port(), secured=True) as fleet:
         console.print(f"Watch it in a browser: [bold]http://127.0.0.1:{fleet.web_port}/[/]")
         fleet.start()
         records, blobs = open_state(fleet.state)

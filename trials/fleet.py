@@ -19,8 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coordinator.authority import Authority
+from coordinator.enrolment import Enrolment
+from coordinator.listeners import AUTHORITY
+from coordinator.store.members import Members
 from coordinator.store.records import Records
+from edge_agent.identity import Identity
+from edge_agent.joining import enroll
 from profiles.errors import SketchfleetError
+from profiles.settings import host_of, is_loopback
+from protos.invitation import Invitation, pin_of
 from trials.caps import KernelCap
 from trials.emulation import EmulatedLink
 
@@ -104,15 +112,31 @@ class LocalFleet:
     devices: Sequence[DeviceSetup]
     port: int = field(default_factory=free_port)
     web_port: int = 0  # of the dashboard; 0: none
+    secured: bool = False  # mutual TLS, as in the field; without it plain text over loopback
+    joining_port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by process
 
     def __enter__(self) -> LocalFleet:
         self.folder.mkdir(parents=True, exist_ok=True)
+        linked = [host_of(d.network.address) for d in self.devices if d.network is not None]
+        self.secured = self.secured or not all(map(is_loopback, linked))
         write_toml(self.folder / "run.toml", {
-            **self.run, "server": {"listen": f"127.0.0.1:{self.port}", "state": "coordinator"},
+            **self.run, "server": self._server,
             "web": {"listen": f"127.0.0.1:{self.web_port}" if self.web_port else ""},
         })  # fmt: skip
+        if self.secured and not (self.state / AUTHORITY).exists():
+            names = dict.fromkeys(("127.0.0.1", "localhost", *linked))
+            Authority.create(self.state / AUTHORITY, list(names))
         return self
+
+    @property
+    def _server(self) -> dict[str, Any]:
+        own = self.run.get("server", {})
+        place = {"listen": f"127.0.0.1:{self.port}", "state": "coordinator"}
+        if self.secured:
+            return {**own, **place, "enrolment": f"127.0.0.1:{self.joining_port}"}
+        return {**own, **place, "plain_text": True}
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes.values():
@@ -151,7 +175,8 @@ class LocalFleet:
         folder.mkdir(exist_ok=True)
         sections: dict[str, Mapping[str, Any]] = {
             "device": {"name": device.name, "board": device.board},
-            "coordinator": {"address": address, "token_file": str(self.state / "join-token")},
+            "coordinator": {"address": address, **({} if self.secured else {
+                "plain_text": True, "token_file": str(self.state / "join-token")})},
             "data": {"include": list(device.include), "exclude": list(device.exclude),
                      "languages": list(device.languages), "max_files": device.max_files},
             "limits": {"memory_mb": device.memory_mb, "threads": 1},
@@ -160,8 +185,29 @@ class LocalFleet:
         for name, section in device.agent.items():
             sections[name] = {**sections.get(name, {}), **section}
         write_toml(folder / "agent.toml", sections)
+        if self.secured:
+            self._enroll(device.name, folder / "state")
         self._start(device.name, "edge_agent.cli", "run", "--config", str(folder / "agent.toml"),
                     cap=device.cap, network=device.network)  # fmt: skip
+
+    def invitation(self, **terms: Any) -> Invitation:
+        """A join token of a secured fleet; `terms` as `Enrolment.create_token` takes them."""
+        records = Records(self.state / "coordinator.sqlite")
+        members = Members(records)
+        try:
+            authority = Authority(self.state / AUTHORITY)
+            token = Enrolment(authority, members, lifetime_s=0.0).create_token(**terms)
+        finally:
+            members.close()
+            records.close()
+        pin = pin_of(authority.trust)
+        return Invitation(token, f"127.0.0.1:{self.joining_port}", pin, authority.trust)
+
+    def _enroll(self, name: str, folder: Path) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        identity = Identity(folder / "identity")
+        if not identity.exists:
+            enroll(identity, self.invitation(name=name), name, "trial", lambda: None, 60.0)
 
     def start(self) -> None:
         """Starts everything, the coordinator first."""
@@ -176,7 +222,8 @@ class LocalFleet:
         def check() -> None:
             self.check("coordinator")
 
-        await_listening(("127.0.0.1", self.port), check, self.log("coordinator"), patience_s)
+        for port in (self.port, self.joining_port) if self.secured else (self.port,):
+            await_listening(("127.0.0.1", port), check, self.log("coordinator"), patience_s)
 
     def await_finish(self, records: Records, patience_s: float) -> None:
         """Waits for the end of the run. Raises `FleetError` when a process fails or it drags on."""
@@ -240,7 +287,7 @@ class LocalFleet:
                  "--delay-ms", str(device.delay_ms)],
                 stdout=stdout, stderr=log, env=environment(), start_new_session=True,
             )  # fmt: skip
-        until = time.monotonic() + 15
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             self.check(name)
             if (text := out.read_text()).endswith("\n"):
@@ -259,8 +306,8 @@ class LocalFleet:
             command = network.wrap(command)
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                command if cap is None else cap.wrap(command),
-                stdout=log, stderr=log, env=environment(), start_new_session=True,
+                command if cap is None else cap.wrap(command), start_new_session=True,
+                stdout=log, stderr=log, env={**environment(), **self.variables.get(name, {})},
             )  # fmt: skip
 
 

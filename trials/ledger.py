@@ -16,7 +16,8 @@ import pyarrow as pa
 from coordinator.ledger_files import LedgerFileError, read_parquet
 from coordinator.ledger_types import NOTHING_HEARD, Contribution
 from coordinator.phases import PHASES, DeviceTime, device_times
-from coordinator.store.records import AssignmentRecord, DeviceRecord, Records, RoundRecord
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord, DeviceRecord, RoundRecord
 from profiles.errors import SketchfleetError
 from profiles.trace import LinkState
 from trials.emulation import EmulatedLink

@@ -36,6 +36,13 @@ class RemoteFleet:
         what = "Serving" if self.serves else "Following the coordinator that serves"
         return f"{what} run {self._config.run.name} on {self._config.server.listen}, {self.state}."
 
+    @property
+    def joining(self) -> str:
+        """How a device joins."""
+        if self._config.server.plain_text:
+            return f"the join token {self.state / 'join-token'}"
+        return f"sketchfleet-coordinator token create --state {self.state}"
+
     def __enter__(self) -> RemoteFleet:
         if not self.serves:
             self._require_run()

@@ -207,8 +207,8 @@ def _over_there(tried: _Tried, console: Console) -> None:
     with fleet:
         console.print(escape(fleet.words))
         if fleet.serves:
-            console.print(f"Waiting for {', '.join(names)}; the join token of those not enrolled "
-                          f"yet: {escape(str(fleet.state / 'join-token'))}")  # fmt: skip
+            console.print(f"Waiting for {', '.join(names)}; for those that have not joined yet: "
+                          f"{escape(fleet.joining)}")  # fmt: skip
             _await_devices(tried, fleet.check, names, console)
         _follow(tried, fleet.state, fleet.check, console)
         fleet.farewell(GRACE_S)

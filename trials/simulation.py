@@ -19,8 +19,11 @@ import numpy as np
 
 from coordinator.config import RunConfig
 from coordinator.cutting import Cutter
+from coordinator.intake import check_update
 from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.plan_types import BUDGET_ENCODINGS, DENSE, Level, update_payload
+from coordinator.screener import Delivered, Screener, ScreeningMemory
+from coordinator.screening_types import Outcome
 from coordinator.serve import build_spec
 from coordinator.state import ADAPTER, SIDE, StateFile, StateReader, write_initial
 from coordinator.store.blobs import BlobStore
@@ -33,6 +36,7 @@ from edge_agent.training.slice import attached, write_parts
 from edge_agent.training.train_job import TrainJob
 from edge_agent.training.workbench import LocalRows
 from profiles.errors import SketchfleetError
+from protos.codecs import PackingError
 from protos.contract import (
     Assignment,
     BlobRef,
@@ -107,10 +111,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class SimulatedRound:
-    """What a round came to."""
+    """What a round came to.
+
+    merge: None where nothing was merged. refused: why an update was refused when it arrived, by
+    device; those have no part in `devices`. screening: what it found; None where it is off.
+    """
 
     devices: Mapping[str, DeviceRound]
-    merge: MergeResult
+    merge: MergeResult | None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    screening: Outcome | None = None
 
     @property
     def up_bytes(self) -> int:
@@ -149,7 +159,7 @@ class Simulation:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.spec, _ = build_spec(self.config, self.base)
         self.method = self.config.make_method()
-        self.number = 0
+        self.number = self._merges = 0
         self.files = write_initial(self.spec, self.method, lambda r: self.folder / f"initial-{r}")
         self._rule, self._memory = self.config.make_weight_rule(), dict[str, float]()
         self._optimizer = self.config.make_server_optimizer()
@@ -157,6 +167,12 @@ class Simulation:
         self._mirrors: dict[str, BlobRef] = {}
         self._held: dict[str, set[str]] = {}
         self._left: dict[str, int] = {}  # rows of devices that pruned themselves
+        c = self.config
+        self._screener = Screener(
+            self.spec, self.method, c.training.optimizer, c.screening.clean_rounds,
+            key=f"simulation/{self.spec.seed}",
+        )  # fmt: skip
+        self.screening = ScreeningMemory()
         for device in self.devices:
             self.home(device.name).unlink(missing_ok=True)
 
@@ -188,28 +204,74 @@ class Simulation:
                 device, tasks[device.name], update_path=paths[device.name],
                 home_out=self.home(device.name),
             )  # fmt: skip
+        refused = self._refused(tasks, paths)
+        outcome = self._screened({n: r for n, r in reports.items() if n not in refused}, tasks)
+        kept_out = set(refused)
+        if outcome is not None:
+            kept_out |= {found.device_id for found in outcome.screened if not found.merged}
+        updates = self._weighed({n: r for n, r in reports.items() if n not in kept_out}, tasks)
+        merged = None
+        if updates:
+            merger = Merger(
+                self.spec, self.method, self._optimizer, lambda _: model, self._new,
+                self.config.make_robust(),
+            )  # fmt: skip
+            merged = merger.merge(self.number, self.number + 1, model, updates)
+            self.files = merged.files
+            self._merges += 1
+        self.number += 1
+        weights = {u.device_id: u.weight for u in updates}
+        given = {} if merged is None else merged.contributions
+        played = {}
+        for name, report in reports.items():
+            if name in refused:
+                continue
+            gave = given.get(tasks[name].assignment_id)
+            played[name] = DeviceRound(
+                tasks[name], report, paths[name].stat().st_size, self._fetched(tasks[name]),
+                weights.get(name, 0.0), (gave.share if gave else None) or 0.0,
+            )  # fmt: skip
+        return SimulatedRound(played, merged, refused, outcome)
+
+    def _refused(
+        self, tasks: Mapping[str, Assignment], paths: Mapping[str, Path]
+    ) -> dict[str, str]:
+        """Updates that the coordinator refuses as they arrive, and why."""
+        found = {}
+        for name, path in paths.items():
+            try:
+                check_update(path, self.spec, tasks[name])
+            except PackingError as error:
+                found[name] = str(error)
+        return found
+
+    def _screened(
+        self, reports: Mapping[str, LocalReport], tasks: Mapping[str, Assignment]
+    ) -> Outcome | None:
+        if not self.config.screening.enabled or not reports:
+            return None
+        outcome = self._screener.screen(
+            self.number,
+            [Delivered(tasks[n], self.update_path(n), report) for n, report in reports.items()],
+            self.screening,
+        )
+        self.screening.note(outcome)
+        return outcome
+
+    def _weighed(
+        self, reports: Mapping[str, LocalReport], tasks: Mapping[str, Assignment]
+    ) -> list[StoredUpdate]:
         voices = [self._voice(name, report) for name, report in reports.items()]
+        if not voices:
+            return []
         weights, self._memory = self._rule.weigh(voices, self._memory)
-        updates = [
+        return [
             StoredUpdate(
-                name, tasks[name], paths[name], weight,
+                name, tasks[name], self.update_path(name), weight,
                 kept=self._kept(name, reports[name]), start=self._sparse_start(tasks[name]),
             )
             for name, weight in zip(reports, weights, strict=True)
         ]  # fmt: skip
-        merger = Merger(self.spec, self.method, self._optimizer, lambda _: model, self._new)
-        merged = merger.merge(self.number, self.number + 1, model, updates)
-        self.files = merged.files
-        self.number += 1
-        played = {
-            u.device_id: DeviceRound(
-                u.assignment, reports[u.device_id], u.path.stat().st_size,
-                self._fetched(u.assignment), u.weight,
-                merged.contributions[u.assignment.assignment_id].share or 0.0,
-            )
-            for u in updates
-        }  # fmt: skip
-        return SimulatedRound(played, merged)
 
     def train(self, device: SimulatedDevice, task: Assignment, **paths: Any) -> LocalReport:
         """A local round in this process, of the files that the assignment names."""
@@ -395,7 +457,7 @@ class Simulation:
                        compressed=wire.compressed)  # fmt: skip
 
     def _new(self, role: str) -> Path:
-        return self.folder / f"version-{self.number % 2}-{role}"
+        return self.folder / f"version-{self._merges % 2}-{role}"
 
     @property
     def _dense(self) -> tuple[Part, ...]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from pathlib import Path
 
 from profiles.errors import SketchfleetError
 from protos.contract import BlobRef, Payload
-from protos.transfer import PartFile, sha256_of, sync_folder, write_durably
+from protos.transfer import (
+    PartFile,
+    make_folder,
+    move_durably,
+    sha256_of,
+    sync_folder,
+    write_durably,
+)
 
 
 class UnknownBlobError(SketchfleetError):
@@ -19,13 +25,13 @@ class UnknownBlobError(SketchfleetError):
 class BlobStore:
     """`root/ab/abcdef…` for finished blobs, `root/uploads/ID` for what is still arriving.
 
-    `root/drafts` holds files being written here; `drop_drafts` removes what a crash left.
+    `root/drafts` holds files being written here; `settle` removes what a crash left.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        (root / "uploads").mkdir(parents=True, exist_ok=True)
-        (root / "drafts").mkdir(exist_ok=True)
+        make_folder(root / "uploads")
+        make_folder(root / "drafts")
         self._parts: dict[str, PartFile] = {}
 
     def path(self, digest: str) -> Path:
@@ -39,12 +45,17 @@ class BlobStore:
         """Whether the blob is kept here. Raises `UnknownBlobError` on what is no digest."""
         return self._place(digest).is_file()
 
+    def is_sound(self, digest: str) -> bool:
+        """Whether the blob is kept here as it was. Reads all of it."""
+        path = self._place(digest)
+        return path.is_file() and sha256_of(path) == digest
+
     def put(self, data: bytes, payload: Payload) -> BlobRef:
         """Keeps bytes durably; idempotent."""
         digest = hashlib.sha256(data).hexdigest()
         path = self._place(digest)
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_durably(path, data)
         return BlobRef(digest, len(data), payload)
 
@@ -54,19 +65,19 @@ class BlobStore:
 
     def adopt(self, draft: Path, payload: Payload) -> BlobRef:
         """Keeps a finished draft durably."""
-        with draft.open("rb") as stream:
-            os.fsync(stream.fileno())
         digest, size = sha256_of(draft), draft.stat().st_size
-        target = self._place(digest)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.replace(target)
-        sync_folder(target.parent)
+        move_durably(draft, self._place(digest))
         return BlobRef(digest, size, payload)
 
-    def drop_drafts(self) -> None:
-        """Removes what an earlier life left half written."""
+    def settle(self) -> None:
+        """Removes what an earlier life left half written, and syncs the names that it gave.
+
+        A blob that lies here is taken for durable; a kill may have come before its folder's sync.
+        """
         for path in (self.root / "drafts").iterdir():
             path.unlink()
+        for folder in self.root.iterdir():
+            sync_folder(folder)
 
     def drop(self, digest: str) -> None:
         """Forgets a blob that nothing refers to any more."""
@@ -79,6 +90,11 @@ class BlobStore:
             part = PartFile(self.root / "uploads" / upload_id, size_bytes)
             self._parts[upload_id] = part
         return part
+
+    def held(self, upload_id: str) -> int:
+        """Bytes that an upload has brought, of those that this process began."""
+        part = self._parts.get(upload_id)
+        return 0 if part is None else part.length
 
     def parts(self) -> list[str]:
         """Ids of the uploads that have begun and not finished."""

@@ -1,19 +1,14 @@
 """Everything the coordinator must not forget, in one relational schema.
 
 SQLite in write-ahead mode with full synchronisation: a receipt is a promise. All times are Unix
-seconds. Facts travel in and out as the dataclasses of `protos.contract`, kept as their JSON.
+seconds. Facts travel in and out as the dataclasses of `protos.contract` and of `rows`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -21,8 +16,27 @@ import sqlalchemy as sql
 from sqlalchemy.dialects.sqlite import insert
 
 from coordinator.ledger_types import Contribution
+from coordinator.store.rows import (
+    AssignmentRecord,
+    DeviceRecord,
+    RoundRecord,
+    RunRecord,
+    UploadRecord,
+    read_assignment,
+    read_run,
+    read_upload,
+)
+from coordinator.store.schema import (
+    adapters,
+    assignments,
+    contributions,
+    devices,
+    rounds,
+    runs,
+    uploads,
+)
+from coordinator.store.transactions import Transactions
 from profiles.device import DeviceProfile
-from profiles.errors import SketchfleetError
 from protos.contract import (
     AdapterSpec,
     Assignment,
@@ -32,207 +46,11 @@ from protos.contract import (
     from_json,
 )
 
-SCHEMA_VERSION = 3
 NONE_GIVEN: Mapping[str, Contribution] = MappingProxyType({})
-_meta = sql.MetaData()
-
-runs = sql.Table(
-    "runs", _meta,
-    sql.Column("run_id", sql.String, primary_key=True),
-    sql.Column("created_at", sql.Float, nullable=False),
-    sql.Column("config", sql.Text, nullable=False),
-    sql.Column("spec", sql.Text, nullable=False),
-    sql.Column("alive_at", sql.Float, nullable=False),
-    sql.Column("finished_at", sql.Float),
-)  # fmt: skip
-devices = sql.Table(
-    "devices", _meta,
-    sql.Column("device_id", sql.String, primary_key=True),
-    sql.Column("enrolled_at", sql.Float, nullable=False),
-    sql.Column("last_seen_at", sql.Float, nullable=False),
-    sql.Column("credential_hash", sql.String, nullable=False),
-    sql.Column("credential_expires_at", sql.Float, nullable=False),
-    sql.Column("profile", sql.Text),
-)  # fmt: skip
-adapters = sql.Table(
-    "adapters", _meta,
-    sql.Column("run_id", sql.String, primary_key=True),
-    sql.Column("version", sql.Integer, primary_key=True),
-    sql.Column("role", sql.String, primary_key=True),
-    sql.Column("blob", sql.Text, nullable=False),
-)  # fmt: skip
-rounds = sql.Table(
-    "rounds", _meta,
-    sql.Column("run_id", sql.String, primary_key=True),
-    sql.Column("round", sql.Integer, primary_key=True),
-    sql.Column("phase", sql.String, nullable=False),
-    sql.Column("evaluate_only", sql.Boolean, nullable=False),
-    sql.Column("opened_at", sql.Float, nullable=False),
-    sql.Column("deadline_at", sql.Float, nullable=False),
-    sql.Column("closed_at", sql.Float),
-    sql.Column("merged_at", sql.Float),
-    sql.Column("detail", sql.Text),
-)  # fmt: skip
-assignments = sql.Table(
-    "assignments", _meta,
-    sql.Column("assignment_id", sql.String, primary_key=True),
-    sql.Column("run_id", sql.String, nullable=False),
-    sql.Column("round", sql.Integer, nullable=False),
-    sql.Column("device_id", sql.String, nullable=False),
-    sql.Column("assignment", sql.Text, nullable=False),
-    sql.Column("predicted", sql.Text, nullable=False),
-    sql.Column("state", sql.String, nullable=False),
-    sql.Column("report", sql.Text),
-    sql.Column("update_digest", sql.String),
-    sql.Column("update_bytes", sql.Integer),
-    sql.Column("received_at", sql.Float),
-    sql.Column("merged_in", sql.Integer),
-    sql.UniqueConstraint("run_id", "round", "device_id"),
-)  # fmt: skip
-contributions = sql.Table(
-    "contributions", _meta,
-    sql.Column("assignment_id", sql.String, primary_key=True),
-    sql.Column("run_id", sql.String, nullable=False, index=True),
-    sql.Column("merged_in", sql.Integer, nullable=False),
-    sql.Column("weight", sql.Float, nullable=False),
-    sql.Column("share", sql.Float),
-    sql.Column("alignment", sql.Float),
-    sql.Column("norm", sql.Float),
-    sql.Column("components", sql.LargeBinary, nullable=False),
-)  # fmt: skip
-uploads = sql.Table(
-    "uploads", _meta,
-    sql.Column("upload_id", sql.String, primary_key=True),
-    sql.Column("assignment_id", sql.String, nullable=False),
-    sql.Column("digest", sql.String, nullable=False),
-    sql.Column("size_bytes", sql.Integer, nullable=False),
-)  # fmt: skip
 
 
-class StoreError(SketchfleetError):
-    """The state folder cannot be used."""
-
-
-@dataclass(frozen=True)
-class DeviceRecord:
-    """One enrolled device."""
-
-    device_id: str
-    enrolled_at: float
-    last_seen_at: float
-    profile: DeviceProfile | None
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """One round; `phase` is "open", "merging" or "merged"."""
-
-    round: int
-    phase: str
-    evaluate_only: bool
-    opened_at: float
-    deadline_at: float
-    closed_at: float | None
-    merged_at: float | None
-    detail: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class AssignmentRecord:
-    """One assignment and what came of it; `state` is "issued", "arrived" or "failed"."""
-
-    assignment: Assignment
-    predicted: dict[str, Any]
-    state: str
-    report: LocalReport | None
-    update_digest: str | None
-    update_bytes: int | None
-    received_at: float | None
-    merged_in: int | None
-
-    @property
-    def arrived(self) -> bool:
-        """Whether it counts for its round: complete, and the device did its part."""
-        return self.state == "arrived" and self.complete
-
-    @property
-    def complete(self) -> bool:
-        """Whether all that was asked for is in: the report and, if it trains, the update."""
-        return self.report is not None and (
-            self.update_digest is not None or not self.assignment.trains
-        )
-
-
-@dataclass(frozen=True)
-class UploadRecord:
-    """An update that is arriving."""
-
-    upload_id: str
-    assignment_id: str
-    digest: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A run as it was started."""
-
-    run_id: str
-    created_at: float
-    config: dict[str, Any]
-    spec: AdapterSpec
-    alive_at: float
-    finished_at: float | None
-
-
-class Records:
+class Records(Transactions):
     """Typed access to the tables. Each public method is one transaction."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = sql.create_engine(f"sqlite:///{path}")
-        self._own = threading.local()  # db: this thread's transaction over several methods
-        sql.event.listen(self._engine, "connect", _configure)
-        try:
-            with self._engine.begin() as db:
-                version = db.execute(sql.text("PRAGMA user_version")).scalar_one()
-                if version not in (0, SCHEMA_VERSION):
-                    raise StoreError(
-                        f"{path} was written by another version (schema {version}, this one reads "
-                        f"{SCHEMA_VERSION}); use a new [server] state folder"
-                    )
-                _meta.create_all(db)
-                db.execute(sql.text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
-        except sql.exc.SQLAlchemyError as error:
-            raise StoreError(f"{path} cannot be opened: {error.__cause__ or error}") from error
-
-    @contextmanager
-    def _db(self) -> Iterator[sql.Connection]:
-        shared: sql.Connection | None = getattr(self._own, "db", None)
-        if shared is not None:
-            yield shared
-            return
-        with self._engine.begin() as db:
-            yield db
-
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Calls of methods as one transaction: what each returned, or the exception it raised.
-
-        Where one fails, each is a transaction of its own.
-        """
-        try:
-            with self._engine.begin() as db:
-                self._own.db = db
-                try:
-                    return [call() for call in calls]
-                finally:
-                    del self._own.db
-        except Exception:  # noqa: BLE001 - it comes again, of the call that it belongs to
-            return [_outcome(call) for call in calls]
-
-    def close(self) -> None:
-        """Releases the database file."""
-        self._engine.dispose()
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -240,7 +58,7 @@ class Records:
         self, spec: AdapterSpec, config: dict[str, Any], initial: Mapping[str, BlobRef], at: float
     ) -> None:
         """Starts a run with version 0 of its model, files by role."""
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(runs.insert().values(
                 run_id=spec.run_id, created_at=at, alive_at=at, config=json.dumps(config),
                 spec=canonical_json(spec).decode(),
@@ -249,23 +67,23 @@ class Records:
 
     def run(self, run_id: str) -> RunRecord | None:
         """The run of this name."""
-        with self._db() as db:
+        with self.transaction() as db:
             row = db.execute(runs.select().where(runs.c.run_id == run_id)).one_or_none()
-        return None if row is None else _run(row)
+        return None if row is None else read_run(row)
 
     def all_runs(self) -> list[RunRecord]:
         """Every run, oldest first."""
-        with self._db() as db:
-            return [_run(row) for row in db.execute(runs.select().order_by(runs.c.created_at))]
+        with self.transaction() as db:
+            return [read_run(row) for row in db.execute(runs.select().order_by(runs.c.created_at))]
 
     def alive(self, run_id: str, at: float) -> None:
         """Notes that the coordinator was running, to measure an outage by."""
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(runs.update().where(runs.c.run_id == run_id).values(alive_at=at))
 
     def finish_run(self, run_id: str, at: float) -> None:
         """Marks the run as done."""
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(runs.update().where(runs.c.run_id == run_id).values(finished_at=at))
 
     def model(
@@ -275,7 +93,7 @@ class Records:
         newest = sql.select(sql.func.max(adapters.c.version)).where(adapters.c.run_id == run_id)
         if at_most is not None:
             newest = newest.where(adapters.c.version <= at_most)
-        with self._db() as db:
+        with self.transaction() as db:
             version = db.execute(newest).scalar()
             if version is None:
                 return None
@@ -286,7 +104,7 @@ class Records:
     def model_digests(self, run_id: str) -> set[str]:
         """Blobs of all versions."""
         query = sql.select(adapters.c.blob).where(adapters.c.run_id == run_id)
-        with self._db() as db:
+        with self.transaction() as db:
             return {from_json(BlobRef, text).digest for text in db.execute(query).scalars()}
 
     # --- devices --------------------------------------------------------------------------------
@@ -297,7 +115,7 @@ class Records:
         """Enrols a device, or gives an enrolled one a new credential."""
         values = {"credential_hash": credential_hash, "credential_expires_at": expires_at,
                   "last_seen_at": at}  # fmt: skip
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(
                 insert(devices)
                 .values(device_id=device_id, enrolled_at=at, **values)
@@ -307,7 +125,7 @@ class Records:
     def credential(self, device_id: str) -> tuple[str, float] | None:
         """(hash, expiry) of a device's credential."""
         query = sql.select(devices.c.credential_hash, devices.c.credential_expires_at)
-        with self._db() as db:
+        with self.transaction() as db:
             row = db.execute(query.where(devices.c.device_id == device_id)).one_or_none()
         return None if row is None else (row[0], row[1])
 
@@ -316,12 +134,12 @@ class Records:
         values: dict[str, Any] = {"last_seen_at": at}
         if profile is not None:
             values["profile"] = canonical_json(profile).decode()
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(devices.update().where(devices.c.device_id == device_id).values(**values))
 
     def all_devices(self) -> list[DeviceRecord]:
         """Every enrolled device by name."""
-        with self._db() as db:
+        with self.transaction() as db:
             return [
                 DeviceRecord(
                     row.device_id, row.enrolled_at, row.last_seen_at,
@@ -337,7 +155,7 @@ class Records:
         planned: Sequence[tuple[Assignment, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """Opens a round with its assignments; replaces an abandoned attempt at the same round."""
-        with self._db() as db:
+        with self.transaction() as db:
             here = (rounds.c.run_id == run_id) & (rounds.c.round == round_)
             db.execute(rounds.delete().where(here))
             db.execute(assignments.delete().where(
@@ -367,7 +185,7 @@ class Records:
 
         `given`: what each update gave to the merge, by assignment id.
         """
-        with self._db() as db:
+        with self.transaction() as db:
             if files:
                 _put_version(db, run_id, round_ + 1, files)
             db.execute(
@@ -391,7 +209,7 @@ class Records:
         self._set_round(run_id, round_, deadline_at=deadline_at)
 
     def _set_round(self, run_id: str, round_: int, **values: Any) -> None:
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(
                 rounds.update()
                 .where((rounds.c.run_id == run_id) & (rounds.c.round == round_))
@@ -401,7 +219,7 @@ class Records:
     def all_rounds(self, run_id: str) -> list[RoundRecord]:
         """The rounds of a run in order."""
         query = rounds.select().where(rounds.c.run_id == run_id).order_by(rounds.c.round)
-        with self._db() as db:
+        with self.transaction() as db:
             return [
                 RoundRecord(
                     r.round, r.phase, r.evaluate_only, r.opened_at, r.deadline_at, r.closed_at,
@@ -417,22 +235,22 @@ class Records:
         query = assignments.select().where(assignments.c.run_id == run_id)
         if round_ is not None:
             query = query.where(assignments.c.round == round_)
-        with self._db() as db:
+        with self.transaction() as db:
             rows = db.execute(query.order_by(assignments.c.round, assignments.c.device_id)).all()
-        return [_assignment(row) for row in rows]
+        return [read_assignment(row) for row in rows]
 
     def assignment(self, assignment_id: str) -> AssignmentRecord | None:
         """One assignment."""
-        with self._db() as db:
+        with self.transaction() as db:
             row = db.execute(
                 assignments.select().where(assignments.c.assignment_id == assignment_id)
             ).one_or_none()
-        return None if row is None else _assignment(row)
+        return None if row is None else read_assignment(row)
 
     def put_report(self, report: LocalReport) -> None:
         """Keeps the report of an assignment; the first one stands."""
         state = "arrived" if report.outcome == "done" else "failed"
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(
                 assignments.update()
                 .where(assignments.c.assignment_id == report.assignment_id)
@@ -447,7 +265,7 @@ class Records:
 
         Returns (the digest that stands, whether it is new, whether the report is in).
         """
-        with self._db() as db:
+        with self.transaction() as db:
             kept = db.execute(
                 assignments.update()
                 .where(assignments.c.assignment_id == assignment_id)
@@ -460,10 +278,31 @@ class Records:
             ).one()  # fmt: skip
             return str(standing), bool(kept.rowcount), bool(reported)
 
+    def ask_again(self, assignment_id: str) -> None:
+        """Forgets an update that is lost here and its report, unless it is merged.
+
+        Where its round was about to be merged, the round is open again.
+        """
+        with self.transaction() as db:
+            row = db.execute(
+                assignments.update()
+                .where(assignments.c.assignment_id == assignment_id)
+                .where(assignments.c.merged_in.is_(None))
+                .values(state="issued", report=None, update_digest=None, update_bytes=None,
+                        received_at=None)
+                .returning(assignments.c.run_id, assignments.c.round)
+            ).one_or_none()  # fmt: skip
+            if row is not None:
+                here = (rounds.c.run_id == row.run_id) & (rounds.c.round == row.round)
+                db.execute(
+                    rounds.update().where(here & (rounds.c.phase == "merging"))
+                    .values(phase="open", closed_at=None, detail=None)
+                )  # fmt: skip
+
     def contributions(self, run_id: str) -> dict[str, Contribution]:
         """What every merged update of a run gave, by assignment id."""
         query = contributions.select().where(contributions.c.run_id == run_id)
-        with self._db() as db:
+        with self.transaction() as db:
             return {
                 row.assignment_id: Contribution(
                     row.weight, row.share, row.alignment, row.norm, row.components
@@ -475,7 +314,7 @@ class Records:
 
     def put_upload(self, upload: UploadRecord) -> None:
         """Remembers an upload; repeating it changes nothing."""
-        with self._db() as db:
+        with self.transaction() as db:
             db.execute(
                 insert(uploads)
                 .values(
@@ -487,16 +326,9 @@ class Records:
 
     def upload(self, upload_id: str) -> UploadRecord | None:
         """One upload."""
-        with self._db() as db:
+        with self.transaction() as db:
             row = db.execute(uploads.select().where(uploads.c.upload_id == upload_id)).one_or_none()
-        return None if row is None else _upload(row)
-
-
-def _outcome(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:  # noqa: BLE001 - handed to whoever asked for it
-        return error
+        return None if row is None else read_upload(row)
 
 
 def _put_version(
@@ -508,34 +340,3 @@ def _put_version(
         db.execute(adapters.insert().values(
             run_id=run_id, version=version, role=role, blob=canonical_json(blob).decode()
         ))  # fmt: skip
-
-
-def _configure(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _run(row: Any) -> RunRecord:
-    return RunRecord(
-        row.run_id, row.created_at, json.loads(row.config), from_json(AdapterSpec, row.spec),
-        row.alive_at, row.finished_at,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1024)  # asked for when it is handed out, pushed, reported
-def _task(text: str) -> Assignment:
-    return from_json(Assignment, text)
-
-
-def _assignment(row: Any) -> AssignmentRecord:
-    return AssignmentRecord(
-        _task(row.assignment), json.loads(row.predicted), row.state,
-        from_json(LocalReport, row.report) if row.report else None,
-        row.update_digest, row.update_bytes, row.received_at, row.merged_in,
-    )  # fmt: skip
-
-
-def _upload(row: Any) -> UploadRecord:
-    return UploadRecord(row.upload_id, row.assignment_id, row.digest, row.size_bytes)

@@ -17,13 +17,9 @@ from coordinator.alerts import Alert, find_alerts
 from coordinator.ledger import rows_of
 from coordinator.ledger_types import LedgerRow
 from coordinator.rounds import RunState
-from coordinator.store.records import (
-    AssignmentRecord,
-    DeviceRecord,
-    Records,
-    RoundRecord,
-    RunRecord,
-)
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord, DeviceRecord, RoundRecord, RunRecord
+from coordinator.store.screenings import QuarantineRecord, Screenings
 from profiles.errors import SketchfleetError
 from protos.contract import Progress
 
@@ -56,6 +52,7 @@ class Facts:
     given: tuple[AssignmentRecord, ...]  # by round and device
     rows: tuple[LedgerRow, ...]  # by round and device
     live: Live | None
+    quarantines: tuple[QuarantineRecord, ...] = ()  # of all runs, oldest first
 
     @property
     def rounds_wanted(self) -> int:
@@ -145,6 +142,7 @@ class FactReader:
             given=given,
             rows=rows_of(run, rounds, devices, given, contributions),
             live=None if self._live is None else self._live(),
+            quarantines=tuple(Screenings(self._records).quarantines()),
         )
 
     def _given(self, run: RunRecord, rounds: Sequence[RoundRecord]) -> tuple[AssignmentRecord, ...]:

@@ -25,7 +25,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from coordinator.store.records import AssignmentRecord
+from coordinator.store.rows import AssignmentRecord
 from coordinator.web.facts import FactReader, Facts
 from coordinator.web.pages.fairness import summaries, tier_means
 from coordinator.web.pages.standing import Standing, standings

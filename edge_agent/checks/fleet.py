@@ -37,7 +37,7 @@ def state_folder(folder: Path) -> Finding:
 
 
 def credential(config: AgentConfig, now: float) -> tuple[Finding, str]:
-    """The kept credential; empty when there is none to be used."""
+    """Of a plain-text fleet: the kept credential; empty when there is none to be used."""
     path, token = config.state.folder / "credential.json", config.coordinator.token_file
     try:
         plain = json.loads(path.read_text())
@@ -59,8 +59,13 @@ def credential(config: AgentConfig, now: float) -> tuple[Finding, str]:
     return ok("credential", f"kept; renewed in {(renew_at - now) / 86400:.1f} days"), kept
 
 
-def coordinator(address: str, kept: str, limit_s: float = CONNECT_S) -> list[Finding]:
-    """Its name, its port, and whether what answers there is a coordinator that knows us."""
+def coordinator(
+    address: str, dial: Callable[[], Link], joined: bool, limit_s: float = CONNECT_S
+) -> list[Finding]:
+    """Its name, its port, and whether what answers there is a coordinator that knows us.
+
+    dial: makes a link to it, by which this device is known if it has joined.
+    """
     host, port = host_of(address), int(address.rpartition(":")[2])
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -78,24 +83,27 @@ def coordinator(address: str, kept: str, limit_s: float = CONNECT_S) -> list[Fin
         return [*findings, fail("port", f"{address}: {why}",
                                 "check the network, and firewalls on the way")]  # fmt: skip
     findings.append(ok("port", f"{address} accepts connections"))
-    return [*findings, asyncio.run(answers(address, kept, limit_s))]
+
+    async def ask() -> Finding:
+        return await answers(dial(), joined, limit_s)
+
+    return [*findings, asyncio.run(ask())]
 
 
-async def answers(address: str, kept: str, limit_s: float) -> Finding:
+async def answers(link: Link, joined: bool, limit_s: float) -> Finding:
     """Whether a coordinator speaks there, and whether it knows this device."""
-    link = Link(address)
-    link.credential = kept
     try:
         rtt_s = await asyncio.wait_for(link.ping(), limit_s)
     except RefusedError as error:
         if error.reason is not Reason.BAD_CREDENTIAL:
             return fail("coordinator", f"refuses: {error}", "ask the coordinator's operator")
-        if not kept:
+        if not joined:
             return ok("coordinator", "answers; this device has not joined yet")
         return warn("coordinator", "answers, but does not know this device any more",
                     "`run` enrols again; the join token must be valid")  # fmt: skip
     except (LinkError, TimeoutError) as error:
-        return fail("coordinator", f"what listens at {address} is no coordinator ({error})",
+        return fail("coordinator", f"what listens at {link.address} is no coordinator of this "
+                    f"fleet ({error})",
                     "correct [coordinator] address; is a proxy in between?")  # fmt: skip
     finally:
         await link.close()

@@ -25,7 +25,7 @@ from edge_agent.training.steps import StepLog, StepsDone
 from profiles.errors import MissingExtraError, SketchfleetError
 from protos.contract import Evaluation, from_plain, to_plain
 from protos.layout import Parts
-from protos.transfer import sync_folder
+from protos.transfer import move_durably
 
 VERSION = 2
 MOMENT = "moment."
@@ -132,10 +132,7 @@ def write_snapshot(path: Path, key: str, snapshot: Snapshot) -> None:
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "wb") as stream:
         _write_tensors(stream, tensors, {"round": json.dumps(facts, sort_keys=True)})
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    move_durably(temporary, path)
 
 
 def read_snapshot(path: Path | None, key: str) -> Snapshot | None:

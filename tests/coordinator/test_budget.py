@@ -138,7 +138,7 @@ def test_a_device_stays_with_its_rows_while_its_budget_does():
 
 
 def record(assignment, *, sent=0, at=0.0, curves=()):
-    from coordinator.store.records import AssignmentRecord
+    from coordinator.store.rows import AssignmentRecord
 
     report = LocalReport(assignment.assignment_id, "done", error_curves=curves)
     return AssignmentRecord(assignment, {}, "arrived", report, "d", sent, at, None)

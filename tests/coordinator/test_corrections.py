@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coordinator.corrections import learnt, length_before, plans_before
-from coordinator.store.records import AssignmentRecord
+from coordinator.store.rows import AssignmentRecord
 from profiles.cost import Correction
 from protos.contract import Assignment, LocalReport
 from tests.edge_agent.training.rounds import make_assignment

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator.audit import Audit
 from coordinator.engine import Engine
 from coordinator.issuing import recorded_plans
 from coordinator.merge import Merger, StoredUpdate
@@ -171,7 +172,8 @@ async def test_a_restart_around_a_merge_gives_the_same_adapter(
     async with harness.fleet(tmp_path) as fleet:
         await fleet.round()
         taken = await fleet.take()
-        fleet.coordinator.cut_power("publish_round", before=before)
+        # After it: the first thing that is read once it is committed.
+        fleet.coordinator.cut_power("publish_round" if before else "model_digests", before=True)
         for name in harness.NAMES:
             await fleet[name].deliver(*taken[name])
         await fleet.coordinator.died()
@@ -429,6 +431,8 @@ async def test_an_update_with_nan_is_refused_and_forgotten(harness, tmp_path):
             await device.push(a, update)
         assert told.value.reason is Reason.BAD_UPDATE
         assert not fleet.coordinator.blobs._place(sha256(bad)).exists()
+        log = Audit(fleet.coordinator.records).entries("run")
+        assert [e.facts["device_id"] for e in log if e.event == "update refused"] == [device.name]
         update.write_bytes(good)
         assert (await device.push(a, update))[1] == "accepted", "the good one was still to come"
 

@@ -15,7 +15,7 @@ from coordinator.lowrank import Bundle
 from coordinator.methods import METHODS, MethodOptions, ModuleState, make
 from coordinator.state import StateReader, StateWriter
 from coordinator.store.blobs import BlobStore
-from coordinator.store.records import RunRecord
+from coordinator.store.rows import RunRecord
 from profiles.model import ModelError, ModuleShape, dense_tensors
 from protos.contract import AdapterSpec
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from coordinator.store.group_commit import GroupCommit
-from coordinator.store.records import Records, UploadRecord
+from coordinator.store.records import Records
+from coordinator.store.rows import UploadRecord
 
 UPLOAD = UploadRecord("u", "run.0.ash", "a" * 64, 10)
 

@@ -23,7 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from coordinator.state import StateFile, StateReader
 from coordinator.store.blobs import BlobStore
-from coordinator.store.records import AssignmentRecord, Records, RoundRecord, RunRecord
+from coordinator.store.records import Records
+from coordinator.store.rows import AssignmentRecord, RoundRecord, RunRecord
 from tests.tiny_base import write_base
 from trials.fleet import DeviceSetup, LocalFleet
 

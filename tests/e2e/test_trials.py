@@ -135,6 +135,7 @@ def test_a_remote_trial_drives_agents_that_were_started_by_hand(place, tmp_path)
     base = json.dumps(str(place / "base"))
     (tmp_path / "fleet.toml").write_text(
         RUN.replace('"base"', base) + f"[run.server]\nlisten = '127.0.0.1:{port}'\n"
+        f"plain_text = true\n"
         f"state = {json.dumps(str(state))}\n" + names
     )
     agents = []
@@ -148,7 +149,7 @@ def test_a_remote_trial_drives_agents_that_were_started_by_hand(place, tmp_path)
             folder.mkdir()
             write_toml(folder / "agent.toml", {
                 "device": {"name": name}, "data": {"include": [str(place / "code")]},
-                "coordinator": {"address": f"127.0.0.1:{port}",
+                "coordinator": {"address": f"127.0.0.1:{port}", "plain_text": True,
                                 "token_file": str(state / "join-token")},
                 "model": {"base": str(place / "base")}, "state": {"folder": "state"},
             })  # fmt: skip

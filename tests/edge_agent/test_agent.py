@@ -211,7 +211,7 @@ def live(tmp_path, impatient):
         agent = Agent(AgentConfig.model_validate({
             "data": {"include": [str(tmp_path / "code")]},
             "device": {"name": "ash"},
-            "coordinator": {"address": f"127.0.0.1:{port}",
+            "coordinator": {"address": f"127.0.0.1:{port}", "plain_text": True,
                             "token_file": str(tmp_path / "token")},
             "state": {"folder": str(tmp_path / "state")},
             **sections,

@@ -30,7 +30,8 @@ def load(tmp_path):
 def test_the_least_file_takes_the_defaults(load, tmp_path):
     config = load(LEAST)
     assert config.data.include == (str(tmp_path / "code"),)
-    assert config.coordinator.address == "127.0.0.1:8470"
+    assert config.coordinator.address == "", "as enrolling told"
+    assert not config.coordinator.plain_text
     assert (config.limits.memory_mb, config.limits.threads) == (None, 1)
     assert config.state.folder == tmp_path / "agent-state"
     assert config.personal.ditto == 0.0, "an adapter of its own is the owner's choice"
@@ -196,7 +197,7 @@ def test_what_is_wrong_is_named(load, text, sentence):
 
 @pytest.mark.parametrize(
     "address",
-    ["", "8470", "coordinator", "host:", ":8470", "host:port", "host:70000", "::1:8470",
+    ["8470", "coordinator", "host:", ":8470", "host:port", "host:70000", "::1:8470",
      "http://host:8470", "ho st:8470", "host:8470 "],
 )  # fmt: skip
 def test_an_address_that_is_none_is_told_with_an_example(load, address):
@@ -208,6 +209,23 @@ def test_an_address_that_is_none_is_told_with_an_example(load, address):
 def test_hosts_by_name_and_number_are_taken(load, address):
     config = load(LEAST + f'[coordinator]\naddress = "{address}"\n')
     assert config.coordinator.address == address
+
+
+def test_plain_text_stays_within_one_machine(load):
+    text = LEAST + "[coordinator]\nplain_text = true\n"
+    assert load(text).coordinator.plain_text
+    load(text + 'address = "[::1]:8470"\n')
+    for address in ("fleet.lab:8470", "10.0.0.7:8470"):
+        with pytest.raises(AgentConfigError, match="another; join with `sketchfleet-agent enroll`"):
+            load(text + f'address = "{address}"\n')
+
+
+def test_certificates_of_the_owners_pki_come_together(load, tmp_path):
+    text = LEAST + '[coordinator]\naddress = "fleet.lab:8470"\nca = "ca.pem"\n'
+    with pytest.raises(AgentConfigError, match="needs ca, certificate and key together"):
+        load(text)
+    found = load(text + 'certificate = "a.pem"\nkey = "a.key"\n').coordinator.own_pki
+    assert found == tuple(tmp_path / name for name in ("ca.pem", "a.pem", "a.key"))
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):

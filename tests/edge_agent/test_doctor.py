@@ -15,6 +15,7 @@ from edge_agent import doctor
 from edge_agent.checks import fleet, machine, trainer
 from edge_agent.checks.finding import Finding, fail, ok, render, warn
 from edge_agent.config import AgentConfig
+from edge_agent.link import Link
 from edge_agent.probe import find_machine
 from protos.contract import Reason
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -305,7 +306,8 @@ def config(tmp_path):
     def with_these(address="127.0.0.1:1", **sections):
         return AgentConfig.model_validate({
             "data": {"include": [str(tmp_path / "code")]}, "device": {"name": "ash"},
-            "coordinator": {"address": address, "token_file": str(tmp_path / "token")},
+            "coordinator": {"address": address, "plain_text": True,
+                            "token_file": str(tmp_path / "token")},
             "state": {"folder": str(tmp_path / "state")}, **sections,
         })  # fmt: skip
 
@@ -339,7 +341,7 @@ def test_a_name_that_cannot_be_resolved_is_told(monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(fleet.socket, "getaddrinfo", fails)
-    (finding,) = fleet.coordinator("fleet.lab:8470", "")
+    (finding,) = fleet.coordinator("fleet.lab:8470", lambda: Link("fleet.lab:8470"), False)
     assert is_(finding, "fail", "fleet.lab cannot be resolved", "DNS")
 
 
@@ -347,9 +349,11 @@ def test_a_closed_port_and_a_stranger_are_told():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-        assert is_(fleet.coordinator(address, "")[-1], "fail", "refuses connections")
+        found = fleet.coordinator(address, lambda: Link(address), False)
+        assert is_(found[-1], "fail", "refuses connections")
         listening.listen()
-        assert is_(fleet.coordinator(address, "", 0.5)[-1], "fail", "is no coordinator")
+        found = fleet.coordinator(address, lambda: Link(address), False, 0.5)
+        assert is_(found[-1], "fail", "is no coordinator")
 
 
 class Known(rpc.FleetServiceServicer):
@@ -373,7 +377,9 @@ async def test_a_coordinator_answers_those_it_knows_and_those_it_does_not(kept, 
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        found = await fleet.answers(f"127.0.0.1:{port}", kept, 5.0)
+        link = Link(f"127.0.0.1:{port}")
+        link.credential = kept
+        found = await fleet.answers(link, bool(kept), 5.0)
     finally:
         await server.stop(0)
     assert is_(found, state, words)

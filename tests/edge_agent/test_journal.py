@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import journal as module
 from edge_agent.journal import Entry, Home, Journal, JournalError, kept_homes
 from profiles.model import ModuleShape
+from protos import transfer
 from protos.contract import AdapterSpec, LocalReport
 
 DATA = b"an update"
@@ -104,7 +104,7 @@ def test_the_update_is_in_place_before_the_journal_names_it(journal, folder, mon
     def power_cut(place):
         raise OSError("power cut")
 
-    monkeypatch.setattr("edge_agent.journal.sync_folder", power_cut)
+    monkeypatch.setattr("protos.transfer.sync_folder", power_cut)
     with pytest.raises(OSError, match="power cut"):
         journal.add(make_report(), trained(folder))
     assert after_a_kill(folder) == [], "the journal named an update that may not be there"
@@ -219,7 +219,7 @@ class Database:
 
 def test_the_home_changes_with_the_entry_whatever_instant_the_power_goes(tmp_path, monkeypatch):
     power = Power()
-    for owner, name in ((module, "sync_folder"), (Path, "replace"), (Path, "unlink")):
+    for owner, name in ((transfer, "sync_folder"), (Path, "replace"), (Path, "unlink")):
         monkeypatch.setattr(owner, name, power.before(getattr(owner, name)))
     seen = []
     for instant in range(50):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import grpc
 import pytest
 
-from coordinator.enrolment import Enrolment
-from coordinator.service import FleetService
+from coordinator.authority import Authority
+from coordinator.listeners import open_listeners
+from coordinator.server_config import ServerSection
 from coordinator.store.records import Records
+from edge_agent.identity import Identity
+from edge_agent.joining import enroll
 from edge_agent.link import LinkError
 from edge_agent.recorder import CONNECTIONS, Recorder, RecordError, Recording
+from profiles.settings import host_of
 from profiles.trace import LinkState, Outage, read_trace, steady
-from protos.sketchfleet.v1 import fleet_pb2 as pb
-from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
+from protos.invitation import Invitation, pin_of
+from trials.fleet import free_port
 from trials.tunnel import DeviceNetwork, unavailable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -137,24 +138,13 @@ class _Idle:
     """An engine that nobody asks for work."""
 
 
-async def serving(folder):
-    """A coordinator that enrols and echoes; its port."""
+def serving(folder, port):
+    """A coordinator that enrols and echoes, not yet listening for its devices."""
     records = Records(folder / "coordinator.sqlite")
-    enrolment = Enrolment(records, "token", 1000.0)
-    server = grpc.aio.server()
-
-    class Enrols(rpc.EnrolmentServiceServicer):
-        async def Enroll(self, request, context):
-            device, credential, valid_s = enrolment.enroll(
-                request.token, request.device_name, time.time()
-            )
-            return pb.EnrollResponse(device_id=device, credential=credential, expires_in_s=valid_s)
-
-    rpc.add_EnrolmentServiceServicer_to_server(Enrols(), server)
-    rpc.add_FleetServiceServicer_to_server(FleetService(enrolment, _Idle()), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    return server, port
+    server = ServerSection(
+        listen=f"127.0.0.1:{port}", enrolment="127.0.0.1:0", state=folder, plain_text=False
+    )
+    return open_listeners(server, None, _Idle(), records)
 
 
 @pytest.mark.slow
@@ -162,14 +152,21 @@ async def serving(folder):
 async def test_a_recording_of_a_known_link_plays_back_as_that_link(tmp_path):
 
     truth = LinkState(2e6, 6e6, 0.03, loss=0.01)
-    server, port = await serving(tmp_path)
+    port = free_port()
     link = steady(truth, Outage(every_s=25, lasts_s=6))
-    (tmp_path / "token").write_text("token")
     (tmp_path / "code.py").write_text("pass\n")
     with DeviceNetwork("test-record", 8010, port, link) as net:
+        authority = Authority.create(tmp_path / "authority", ["127.0.0.1", host_of(net.address)])
+        server = serving(tmp_path, port)
+        await server.start()
+        invitation = Invitation(
+            server.enrolment.create_token(), f"127.0.0.1:{server.joining_port}",
+            pin_of(authority.trust), authority.trust,
+        )  # fmt: skip
+        identity = Identity(tmp_path / "state" / "identity")
+        await asyncio.to_thread(enroll, identity, invitation, "ash", "test", lambda: None, 20.0)
         (tmp_path / "agent.toml").write_text(
             f"[device]\nname = 'ash'\n[coordinator]\naddress = '{net.address}'\n"
-            f"token_file = {json.dumps(str(tmp_path / 'token'))}\n"
             f"[data]\ninclude = ['code.py']\n[state]\nfolder = 'state'\n"
         )
         words = [

@@ -243,7 +243,8 @@ def test_finishing_syncs_the_bytes_then_renames_then_syncs_the_folder(tmp_path, 
     put(part, b"abc", 0, 3)
     target = tmp_path / "done" / "x"
     part.finish(digest_of(b"abc"), target)
-    assert disk == [("sync", part.path), ("rename", part.path, target), ("sync", target.parent)]
+    assert disk == [("sync", part.path), ("sync", tmp_path),  # of the new folder's name
+                    ("rename", part.path, target), ("sync", target.parent)]  # fmt: skip
 
 
 def test_a_durable_write_syncs_renames_and_syncs_the_folder(tmp_path, disk):

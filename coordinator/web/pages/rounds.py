@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.charts import Axis, Dot, Group, Line, line_chart, scatter_chart
-from coordinator.store.records import RoundRecord
+from coordinator.store.rows import RoundRecord
 from coordinator.web import words
 from coordinator.web.facts import Facts
 from coordinator.web.pages.outcomes import outcome_cell, phase_chart

@@ -23,9 +23,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class ScreeningView:
-    """The log, newest first, and counts by kind."""
+    """The log, newest first, and counts by kind; who is or was in quarantine, newest first."""
 
     figures: tuple[Figure, ...]
+    quarantines: Table
     log: Table
 
 
@@ -34,9 +35,11 @@ def screening_view(facts: Facts) -> ScreeningView:
     found = refused(facts)
     kinds = ("update refused", "device failed", "came too late", NOTHING_HEARD)
     return ScreeningView(
-        figures=tuple(
-            Figure(kind.capitalize(), str(sum(r.what == kind for r in found))) for kind in kinds
+        figures=(
+            Figure("In quarantine", str(sum(q.ended_at is None for q in facts.quarantines))),
+            *(Figure(kind.capitalize(), str(sum(r.what == kind for r in found))) for kind in kinds),
         ),
+        quarantines=_quarantines(facts),
         log=Table(
             caption="Work that did not enter the model",
             columns=("Round", "Device", "What", "Why"),
@@ -54,6 +57,25 @@ def screening_view(facts: Facts) -> ScreeningView:
             cards=True,
         ),
     )
+
+
+def _quarantines(facts: Facts) -> Table:
+    rows = []
+    for record in reversed(facts.quarantines):
+        held = record.quarantine
+        state, level = f"{held.clean} of {held.needed} clean rounds", "bad"
+        if record.ended_at is not None:
+            state, level = f"ended by {record.ended_by}", "good"
+        rows.append((
+            Cell(held.device_id, words.device_link(held.device_id)), Cell(f"{held.round}"),
+            Cell(state, level=level),  # type: ignore[arg-type]
+            Cell(held.reason),
+        ))  # fmt: skip
+    return Table(
+        caption="Devices in quarantine train and are checked; their updates are not merged",
+        columns=("Device", "Since round", "State", "Why"), rows=tuple(rows),
+        empty="No device was ever in quarantine.", wide=3, cards=True,
+    )  # fmt: skip
 
 
 def refused(facts: Facts) -> tuple[Refused, ...]:

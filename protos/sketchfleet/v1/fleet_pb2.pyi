@@ -7,36 +7,82 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EnrollRequest(_message.Message):
-    __slots__ = ("token", "device_name", "agent_version")
+    __slots__ = ("token", "device_name", "agent_version", "signing_request")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SIGNING_REQUEST_FIELD_NUMBER: _ClassVar[int]
     token: str
     device_name: str
     agent_version: str
-    def __init__(self, token: _Optional[str] = ..., device_name: _Optional[str] = ..., agent_version: _Optional[str] = ...) -> None: ...
+    signing_request: bytes
+    def __init__(self, token: _Optional[str] = ..., device_name: _Optional[str] = ..., agent_version: _Optional[str] = ..., signing_request: _Optional[bytes] = ...) -> None: ...
 
 class EnrollResponse(_message.Message):
-    __slots__ = ("device_id", "credential", "expires_in_s")
+    __slots__ = ("device_id", "credential", "expires_in_s", "certificate", "trust_bundle", "fleet_port", "pending")
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    TRUST_BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    FLEET_PORT_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
     device_id: str
     credential: str
     expires_in_s: float
-    def __init__(self, device_id: _Optional[str] = ..., credential: _Optional[str] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+    certificate: bytes
+    trust_bundle: bytes
+    fleet_port: int
+    pending: bool
+    def __init__(self, device_id: _Optional[str] = ..., credential: _Optional[str] = ..., expires_in_s: _Optional[float] = ..., certificate: _Optional[bytes] = ..., trust_bundle: _Optional[bytes] = ..., fleet_port: _Optional[int] = ..., pending: bool = ...) -> None: ...
 
-class RenewRequest(_message.Message):
+class ReenrollRequest(_message.Message):
+    __slots__ = ("certificate", "signing_request", "signature")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SIGNING_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    signing_request: bytes
+    signature: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., signing_request: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class ReenrollResponse(_message.Message):
+    __slots__ = ("certificate", "expires_in_s", "trust_bundle")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    TRUST_BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    expires_in_s: float
+    trust_bundle: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., expires_in_s: _Optional[float] = ..., trust_bundle: _Optional[bytes] = ...) -> None: ...
+
+class TrustRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class TrustResponse(_message.Message):
+    __slots__ = ("trust_bundle",)
+    TRUST_BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    trust_bundle: bytes
+    def __init__(self, trust_bundle: _Optional[bytes] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("signing_request",)
+    SIGNING_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    signing_request: bytes
+    def __init__(self, signing_request: _Optional[bytes] = ...) -> None: ...
+
 class RenewResponse(_message.Message):
-    __slots__ = ("credential", "expires_in_s")
+    __slots__ = ("credential", "expires_in_s", "certificate", "trust_bundle")
     CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    TRUST_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     credential: str
     expires_in_s: float
-    def __init__(self, credential: _Optional[str] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+    certificate: bytes
+    trust_bundle: bytes
+    def __init__(self, credential: _Optional[str] = ..., expires_in_s: _Optional[float] = ..., certificate: _Optional[bytes] = ..., trust_bundle: _Optional[bytes] = ...) -> None: ...
 
 class GpuProfile(_message.Message):
     __slots__ = ("name", "memory_total_bytes", "memory_free_bytes", "compute_capability", "unified_memory")
@@ -369,18 +415,20 @@ class Assignment(_message.Message):
     def __init__(self, assignment_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., device_id: _Optional[str] = ..., method: _Optional[str] = ..., rank: _Optional[int] = ..., sketch_offset: _Optional[int] = ..., precision: _Optional[str] = ..., sequence_tokens: _Optional[int] = ..., micro_batch: _Optional[int] = ..., accumulation: _Optional[int] = ..., checkpointing: bool = ..., local_steps: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., update: _Optional[_Union[Payload, _Mapping]] = ..., evaluation_sequences: _Optional[int] = ..., held_out_share: _Optional[float] = ..., seed: _Optional[int] = ..., slice: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., global_adapter: _Optional[_Iterable[_Union[BlobRef, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., reason: _Optional[str] = ..., rows: _Optional[str] = ..., alpha: _Optional[float] = ..., trained: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., keeps_state: bool = ..., error_feedback: bool = ..., fresh: bool = ..., evaluates_global: bool = ..., side: _Optional[_Union[BlobRef, _Mapping]] = ..., global_side: _Optional[_Union[BlobRef, _Mapping]] = ..., objective: _Optional[_Union[Objective, _Mapping]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., keeps_basis: bool = ..., fill_in_middle: _Optional[float] = ..., completions: _Optional[int] = ..., local_only: bool = ..., budget: _Optional[_Union[UpdateBudget, _Mapping]] = ..., mirror: _Optional[_Union[MirrorStep, _Mapping]] = ...) -> None: ...
 
 class NextTaskRequest(_message.Message):
-    __slots__ = ("profile", "wait_s", "working_on", "progress", "mirror")
+    __slots__ = ("profile", "wait_s", "working_on", "progress", "trust_digest", "mirror")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     WORKING_ON_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    TRUST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MIRROR_FIELD_NUMBER: _ClassVar[int]
     profile: DeviceProfile
     wait_s: float
     working_on: str
     progress: Progress
+    trust_digest: bytes
     mirror: str
-    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., mirror: _Optional[str] = ...) -> None: ...
+    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., wait_s: _Optional[float] = ..., working_on: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., trust_digest: _Optional[bytes] = ..., mirror: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "steps", "tokens_per_s", "memory_bytes", "temperature_c", "joules", "paused")
@@ -401,7 +449,7 @@ class Progress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., temperature_c: _Optional[float] = ..., joules: _Optional[float] = ..., paused: _Optional[str] = ...) -> None: ...
 
 class NextTaskResponse(_message.Message):
-    __slots__ = ("kind", "poll_again_s", "spec", "assignment", "remaining_s", "profile_request", "message")
+    __slots__ = ("kind", "poll_again_s", "spec", "assignment", "remaining_s", "profile_request", "message", "trust_bundle")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[NextTaskResponse.Kind]
@@ -421,6 +469,7 @@ class NextTaskResponse(_message.Message):
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     PROFILE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TRUST_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     kind: NextTaskResponse.Kind
     poll_again_s: float
     spec: AdapterSpec
@@ -428,7 +477,8 @@ class NextTaskResponse(_message.Message):
     remaining_s: float
     profile_request: ProfileRequest
     message: str
-    def __init__(self, kind: _Optional[_Union[NextTaskResponse.Kind, str]] = ..., poll_again_s: _Optional[float] = ..., spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., remaining_s: _Optional[float] = ..., profile_request: _Optional[_Union[ProfileRequest, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
+    trust_bundle: bytes
+    def __init__(self, kind: _Optional[_Union[NextTaskResponse.Kind, str]] = ..., poll_again_s: _Optional[float] = ..., spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., remaining_s: _Optional[float] = ..., profile_request: _Optional[_Union[ProfileRequest, _Mapping]] = ..., message: _Optional[str] = ..., trust_bundle: _Optional[bytes] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
     __slots__ = ("precision", "sequence_tokens", "micro_batch", "rank")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EnrolmentServiceStub(object):
-    """Joining the fleet.
+    """Joining the fleet, on a listener of its own: TLS, but no certificate of the caller.
     """
 
     def __init__(self, channel):
@@ -40,15 +40,39 @@ class EnrolmentServiceStub(object):
                 request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.EnrollRequest.SerializeToString,
                 response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.EnrollResponse.FromString,
                 _registered_method=True)
+        self.Reenroll = channel.unary_unary(
+                '/sketchfleet.v1.EnrolmentService/Reenroll',
+                request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.ReenrollRequest.SerializeToString,
+                response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.ReenrollResponse.FromString,
+                _registered_method=True)
+        self.Trust = channel.unary_unary(
+                '/sketchfleet.v1.EnrolmentService/Trust',
+                request_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.TrustRequest.SerializeToString,
+                response_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.TrustResponse.FromString,
+                _registered_method=True)
 
 
 class EnrolmentServiceServicer(object):
-    """Joining the fleet.
+    """Joining the fleet, on a listener of its own: TLS, but no certificate of the caller.
     """
 
     def Enroll(self, request, context):
-        """Trades a join token for a device identity. Repeating it with the same name and token
-        returns the same device with a fresh credential.
+        """Trades a join token for a device identity. Repeating it with the same name, token and key
+        returns the same device with a fresh certificate, or says that it still awaits approval.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reenroll(self, request, context):
+        """A device whose certificate has expired proves that it holds the key of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trust(self, request, context):
+        """The certificates of the fleet's authorities, for a device that knows only their digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +86,16 @@ def add_EnrolmentServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.EnrollRequest.FromString,
                     response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.EnrollResponse.SerializeToString,
             ),
+            'Reenroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reenroll,
+                    request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.ReenrollRequest.FromString,
+                    response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.ReenrollResponse.SerializeToString,
+            ),
+            'Trust': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trust,
+                    request_deserializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.TrustRequest.FromString,
+                    response_serializer=protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.TrustResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'sketchfleet.v1.EnrolmentService', rpc_method_handlers)
@@ -71,7 +105,7 @@ def add_EnrolmentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EnrolmentService(object):
-    """Joining the fleet.
+    """Joining the fleet, on a listener of its own: TLS, but no certificate of the caller.
     """
 
     @staticmethod
@@ -101,9 +135,64 @@ class EnrolmentService(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Reenroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sketchfleet.v1.EnrolmentService/Reenroll',
+            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.ReenrollRequest.SerializeToString,
+            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.ReenrollResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sketchfleet.v1.EnrolmentService/Trust',
+            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.TrustRequest.SerializeToString,
+            protos_dot_sketchfleet_dot_v1_dot_fleet__pb2.TrustResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class FleetServiceStub(object):
-    """The life of an enrolled device. Calls carry `authorization: Bearer <credential>`.
+    """The life of an enrolled device, told by its certificate. Over plain text, which is for trials on
+    one machine, calls carry `authorization: Bearer <credential>`.
     """
 
     def __init__(self, channel):
@@ -135,11 +224,12 @@ class FleetServiceStub(object):
 
 
 class FleetServiceServicer(object):
-    """The life of an enrolled device. Calls carry `authorization: Bearer <credential>`.
+    """The life of an enrolled device, told by its certificate. Over plain text, which is for trials on
+    one machine, calls carry `authorization: Bearer <credential>`.
     """
 
     def Renew(self, request, context):
-        """Replaces a credential before it expires.
+        """Replaces a certificate (plain text: a credential) before it expires.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -198,7 +288,8 @@ def add_FleetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FleetService(object):
-    """The life of an enrolled device. Calls carry `authorization: Bearer <credential>`.
+    """The life of an enrolled device, told by its certificate. Over plain text, which is for trials on
+    one machine, calls carry `authorization: Bearer <credential>`.
     """
 
     @staticmethod
