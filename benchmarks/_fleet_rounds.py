@@ -19,7 +19,8 @@ from protos.unpacking import unpack
 from trials.demo import NANO_CODE, devices
 from trials.fleet import DeviceSetup
 from trials.simulated_bench import SharedBench
-from trials.simulation import Sending, SimulatedDevice, Simulation, fleet_loss
+from trials.simulated_types import Sending, SimulatedDevice, fleet_loss
+from trials.simulation import Simulation
 
 
 @dataclass(frozen=True)

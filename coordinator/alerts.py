@@ -109,7 +109,9 @@ def worse_than_alone(rows: Sequence[LedgerRow]) -> list[Alert]:
     """Devices that would have a lower loss with an adapter trained on their own code alone.
 
     Beyond the noise of the device's held-out code where it is known, else in two rounds running.
-    The noise of the difference is at most that of both losses as if they were independent.
+    Devices do not send the local-only adapter's loss of each example, so the noise of the
+    difference is taken as if both losses had the received one's and were independent: too much,
+    as both are of the same examples.
     """
     by_device: dict[str, list[LedgerRow]] = {}
     for row in rows:

@@ -23,6 +23,7 @@ class DeviceFigures:
     board: str
     tier: str
     language: str
+    reason: str  # for its last assignment of training
     examples: int | None  # sequences in its training split
     rank: int  # k of its last training round
     ratio: float  # k / r, mean over its training rounds
@@ -53,6 +54,11 @@ class DeviceFigures:
         if self.loss_first is None or self.loss_last is None:
             return None
         return self.loss_first - self.loss_last
+
+    @property
+    def compression(self) -> float | None:
+        """Dense bytes per byte sent; None if nothing was sent."""
+        return self.dense_bytes / self.up_bytes if self.up_bytes else None
 
     @property
     def kept_share(self) -> float | None:
@@ -86,6 +92,7 @@ def _device(of: Sequence[LedgerRow], rounds: int) -> DeviceFigures:
         board=asked.board,
         tier=asked.tier,
         language=next((row.language for row in reversed(of) if row.language), ""),
+        reason=asked.reason,
         examples=next((row.examples for row in reversed(of) if row.examples), None),
         rank=asked.rank,
         ratio=mean_of([row.ratio for row in trained or of]) or 0.0,

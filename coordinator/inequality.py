@@ -49,7 +49,7 @@ def tail_size(devices: int, share: float) -> int:
 
 
 def worst_mean(values: ArrayLike, share: float, better: Better = "lower") -> Figures:
-    """Mean of the ceil(share * N) worst values; of losses this is CVaR (expected shortfall)."""
+    """Mean of the ceil(share * N) worst values; see `cvar` for tails of parts of devices."""
     v = np.sort(_checked(values), axis=-1)
     size = tail_size(v.shape[-1], share)
     return _mean(v[..., -size:] if better == "lower" else v[..., :size])
@@ -60,15 +60,16 @@ def best_mean(values: ArrayLike, share: float, better: Better = "lower") -> Figu
     return worst_mean(values, share, "higher" if better == "lower" else "lower")
 
 
-def cvar(losses: ArrayLike, level: float) -> Figures:
-    """Conditional value at risk: mean of the worst 1 - `level` of the losses, 0 <= level < 1.
+def cvar(values: ArrayLike, level: float, better: Better = "lower") -> Figures:
+    """Conditional value at risk: mean of the worst 1 - `level` of the values, 0 <= level < 1.
 
     Rockafellar and Uryasev (2000), the device at the edge counted by the part of it that lies in
     the tail; `worst_mean` counts it whole, and is the same where (1 - level) * N is an integer.
     """
     if not 0 <= level < 1:
         raise FairnessError(f"level {level} leaves no tail; give 0 <= level < 1")
-    v = np.sort(_checked(losses), axis=-1)[..., ::-1]
+    v = np.sort(_checked(values), axis=-1)
+    v = v[..., ::-1] if better == "lower" else v
     count = (1 - level) * v.shape[-1]
     part = np.clip(count - np.arange(v.shape[-1]), 0, 1)
     return np.asarray((v * part).sum(-1) / count)
@@ -135,21 +136,6 @@ def atkinson(values: ArrayLike, epsilon: float) -> Figures:
         inner = np.exp((top + np.log(_mean(terms))) / (1 - epsilon))
     ruined = (v == 0).any(-1) & (epsilon >= 1)
     return np.where(ruined, 1.0, np.clip(1 - inner, 0.0, 1.0))
-
-
-def alpha_fair_utility(utilities: ArrayLike, alpha: float) -> Figures:
-    """Sum of a^(1 - alpha) / (1 - alpha), at 1 of ln a (Mo and Walrand, 2000). Higher is better.
-
-    0 is the sum, 1 proportional fairness, towards infinity the worst device decides. Of utilities:
-    accuracies, or a ceiling less the loss. Raises `FairnessError` on a zero from alpha = 1 on.
-    """
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise FairnessError(f"alpha {alpha}: give a finite alpha of at least 0")
-    v = _non_negative(values=utilities)
-    if alpha >= 1 and (v == 0).any():
-        raise FairnessError(f"a utility of 0 is worth minus infinity at alpha {alpha}")
-    terms = np.log(v) if alpha == 1 else v ** (1 - alpha) / (1 - alpha)
-    return np.asarray(terms.sum(-1))
 
 
 def _mean(v: Figures) -> Figures:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.association import spearman
-from coordinator.device_totals import DeviceTotals, device_totals
+from coordinator.device_figures import DeviceFigures, device_figures
 from coordinator.fairness import FairnessSummary, summarise
-from coordinator.ledger import ledger_rows
+from coordinator.ledger import NOTHING_HEARD, ledger_rows
 from coordinator.phases import DevicePhases, DeviceTime, device_phases, device_times
 from coordinator.store.records import Records
 from coordinator.store.rows import AssignmentRecord, RunRecord
@@ -45,7 +45,7 @@ class RunReport:
 
     run: RunRecord
     rounds_merged: int
-    rows: tuple[DeviceTotals, ...]
+    rows: tuple[DeviceFigures, ...]  # of devices that reported
     before: FairnessSummary | None  # of the global adapter as first received
     after: FairnessSummary | None
     ratio_against_gain: float | None  # Spearman of sketch ratio and loss fall
@@ -88,22 +88,22 @@ def build_report(records: Records, run_id: str) -> RunReport:
     profiles = {d.device_id: d.profile for d in records.all_devices() if d.profile is not None}
     trained = sum(1 for r in history if r.phase == "merged" and not r.evaluate_only)
     times = device_times(given, history)
-    rows = device_totals(ledger_rows(records, run_id))
+    ledger = ledger_rows(records, run_id)
+    heard = {row.device_id for row in ledger if row.outcome != NOTHING_HEARD}
+    rows = tuple(d for d in device_figures(ledger) if d.device_id in heard)
     weights = {a.assignment.device_id: float(a.report.train_examples)
                for a in given if a.report is not None and a.report.train_examples}  # fmt: skip
     # Only devices measured at both ends, or the two summaries would be of different fleets.
-    both = [r for r in rows if r.loss_before is not None and r.loss_after is not None]
-    before = {r.device_id: r.loss_before for r in both if r.loss_before is not None}
-    after = {r.device_id: r.loss_after for r in both if r.loss_after is not None}
+    both = [r for r in rows if r.gain is not None]
+    before = {r.device_id: r.loss_first for r in both if r.loss_first is not None}
+    after = {r.device_id: r.loss_last for r in both if r.loss_last is not None}
     return RunReport(
         run=run,
         rounds_merged=trained,
         rows=rows,
         before=summarise(before, {d: weights.get(d, 1.0) for d in before}) if before else None,
         after=summarise(after, {d: weights.get(d, 1.0) for d in after}) if after else None,
-        ratio_against_gain=spearman(
-            [r.ratio for r in both], [(r.loss_before or 0) - (r.loss_after or 0) for r in both]
-        ),
+        ratio_against_gain=spearman([r.ratio for r in both], [r.gain or 0.0 for r in both]),
         curve=tuple(_curve(given)),
         rounds=tuple(
             {
@@ -168,18 +168,18 @@ def device_table(report: RunReport) -> list[list[str]]:
             f"{r.device_id}\n{r.board}",
             r.language,
             report.links.get(r.device_id, ""),
-            f"{r.k}/{rank}",
+            f"{r.rank}/{rank}",
             f"{r.up_bytes / 1e6:.2f} of {r.dense_bytes / 1e6:.2f} MB\n{_saved(r)}",
             f"{r.seconds:.0f} s",
-            f"{_number(r.loss_before)}, {_number(r.loss_after)}",
+            f"{_number(r.loss_first)}, {_number(r.loss_last)}",
             _number(r.gap, "+.3f"),
-            f"{r.update_share:.0%}",
+            f"{r.share or 0.0:.0%}",
         ]
         for r in report.rows
     ]
 
 
-def _saved(row: DeviceTotals) -> str:
+def _saved(row: DeviceFigures) -> str:
     return f"{row.compression:.1f}x fewer" if row.compression else "nothing sent"
 
 
@@ -207,8 +207,8 @@ def fairness_lines(report: RunReport) -> list[str]:
 
 def _alone(report: RunReport) -> list[str]:
     """Whether taking part was worth it; nothing where no device trained alone beside it."""
-    gains = {r.device_id: r.loss_local - r.loss_after for r in report.rows
-             if r.loss_local is not None and r.loss_after is not None}  # fmt: skip
+    gains = {r.device_id: r.loss_local - r.loss_last for r in report.rows
+             if r.loss_local is not None and r.loss_last is not None}  # fmt: skip
     if not gains:
         return []
     least, better = min(gains, key=gains.__getitem__), sum(gain > 0 for gain in gains.values())

@@ -137,8 +137,9 @@ def _fairness(found: RunFairness) -> tuple[Part, ...]:
             f"ends: each device's mean loss on its own held-out data, {found.unit}, "
             "lower is better. Before: as first received; after: as last received. In brackets: "
             "95 % bootstrap intervals over held-out examples within devices; that of the change is "
-            "paired by example. Worst (best) tenth: mean of the ⌈N/10⌉ highest (lowest) losses, "
-            "CVaR. Standard deviation of the population. Jain = 1 / (1 + CV²), the square of the "
+            "paired by example. Worst (best) tenth: mean of the ⌈N/10⌉ highest (lowest) losses. "
+            "CVaR: mean of the worst quarter, a device at its edge by its part. "
+            "Standard deviation of the population. Jain = 1 / (1 + CV²), the square of the "
             "cosine to equal losses. Theil T = ln N − entropy, in nats. Atkinson at ε = 1. "
             "Intervals of range, Gini and the like are too narrow where devices hardly differ."
         )),
@@ -241,7 +242,9 @@ def _devices(found: RunFairness) -> tuple[Part, ...]:
             f"Against training alone, over the {counted(local.devices, 'device')} that tried it: "
             f"{percent(local.worse_off_share)} have a higher loss with the global adapter; the "
             f"mean difference is {signed(local.mean)} {found.unit}, the worst "
-            f"{signed(local.worst)}."
+            f"{signed(local.worst)}. Of an adapter trained alone devices send the mean loss and "
+            "not that of each example, so these differences have no interval, and the count holds "
+            "devices that are above by chance."
         ),)  # fmt: skip
     lost = (Words("Rounds that came to nothing:"), Bullets(failed)) if failed else ()
     return (fared, *alone, gave, *lost, *charts_of_devices(found))

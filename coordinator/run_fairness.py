@@ -140,12 +140,14 @@ def run_fairness(
     )  # fmt: skip
 
 
+CVAR_LEVEL = 0.75  # two devices of eight, where a tenth is the single worst one
 Rule = Callable[[Figures, Figures, Better], Figures]  # losses (..., N), weights (N,), direction
 _ANY, _UNIT = (0.0, math.inf), (0.0, 1.0)
 MEASURES: Mapping[str, tuple[Rule, tuple[float, float]]] = {  # and what each cannot leave
     "mean": (lambda v, w, b: inequality.mean(v), _ANY),
     "weighted mean": (lambda v, w, b: np.asarray((v * w).sum(-1) / w.sum()), _ANY),
     "worst tenth": (lambda v, w, b: inequality.worst_mean(v, WORST_SHARE, b), _ANY),
+    "CVaR, worst quarter": (lambda v, w, b: inequality.cvar(v, CVAR_LEVEL, b), _ANY),
     "best tenth": (lambda v, w, b: inequality.best_mean(v, WORST_SHARE, b), _ANY),
     "range": (lambda v, w, b: inequality.value_range(v), _ANY),
     "standard deviation": (lambda v, w, b: np.sqrt(inequality.variance(v)), _ANY),

@@ -105,14 +105,10 @@ def main(argv: list[str] | None = None) -> int:
             from trials.demo import demo as run_demo
 
             return run_demo(args.out, args.rounds, args.data, local_only=args.local_only)
-        if args.command == "study" and args.name == "rank-shift":
-            from trials.study.rank_shift_report import study_rank_shift
-
-            return study_rank_shift(args.config, args.out, args.jobs, args.quick, args.data)
         if args.command == "study":
             from trials.study.command import study as run_study
 
-            return run_study(args.name, args.config, args.out, args.jobs, args.quick)
+            return run_study(args.name, args.config, args.out, args.jobs, args.quick, args.data)
         if args.command == "attacks":
             from trials.attacks_report import attacks as run_attacks
 

@@ -11,7 +11,7 @@ import sysconfig
 
 from edge_agent.training.connectors import DataSelection
 from profiles.errors import SketchfleetError
-from trials.simulation import SimulatedDevice
+from trials.simulated_types import SimulatedDevice
 
 FILES = 48  # of a domain, at most: reading more takes longer than training on them
 

@@ -29,7 +29,7 @@ def loss_picture(report: RunReport, path: Path) -> Path:
         mine = [p for p in report.curve if p.device_id == row.device_id]
         whole = [(p.round, p.loss) for p in mine if p.subject == "global"]
         trained = [(p.round + 1, p.loss) for p in mine if (p.subject, p.stage) == OWN]
-        label = f"{row.device_id} ({row.language}, k={row.k})"
+        label = f"{row.device_id} ({row.language}, k={row.rank})"
         axes.plot([x for x, _ in whole], [y for _, y in whole], "-o", color=colour, label=label)
         axes.plot([x for x, _ in trained], [y for _, y in trained], ".", color=colour, alpha=0.45)
     axes.plot([], [], "-o", color="grey", label="global adapter, as received")

@@ -114,8 +114,8 @@ async def test_a_run_finishes_and_every_update_counts(first_run, name):
     for row in run.report.rows:
         values = 8 * run.spec.parameters_per_rank + 32 * 8 + 8  # adapter, lm_head, model.norm
         assert row.dense_bytes == ROUNDS * 4 * values and row.compression > 1
-        assert row.rounds_joined == ROUNDS and row.loss_before is not None
-        assert row.loss_after is not None
+        assert row.rounds_joined == ROUNDS and row.loss_first is not None
+        assert row.loss_last is not None
 
 
 @every_method
@@ -349,7 +349,7 @@ async def test_what_is_personal_never_reaches_the_coordinator(harness, tmp_path)
             assert not run.reader(3).module(module.name).adapter.up.any()
         homes = [fleet[n].homes[2][spec.modules[0].name][1]["up"] for n in harness.NAMES]
         assert not any(np.array_equal(*pair) for pair in itertools.combinations(homes, 2))
-        losses = {row.device_id: row.loss_after for row in build_report(run.records, "run").rows}
+        losses = {row.device_id: row.loss_last for row in build_report(run.records, "run").rows}
         assert len(set(losses.values())) == 3, "each device was to evaluate its own model"
 
 

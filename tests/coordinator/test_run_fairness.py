@@ -74,6 +74,22 @@ def test_a_device_is_judged_by_what_it_received_first_and_last() -> None:
     assert (a.share, a.alignment, a.margin, b.ratio) == (0.2, 0.5, None, 1.0)
 
 
+def test_the_local_only_adapter_is_that_of_the_last_measurement() -> None:
+    (found,) = run_fairness([
+        row("a", 0, 3.0), row("a", 1, 2.0, loss_local=2.5), row("a", 2, loss_local=2.2),
+        row("a", 3, 1.5, loss_local=2.0, end=True),
+    ]).devices  # fmt: skip
+    assert (found.loss_last, found.loss_local, found.compression) == (1.5, 2.0, 10.0)
+
+
+def test_the_worst_quarter_counts_the_device_at_its_edge_by_its_part() -> None:
+    ends = (9.0, 8.0, 5.0, 4.0, 3.0, 2.0)
+    rows = [r for i, end in enumerate(ends)
+            for r in (row(f"d{i}", 0, 9.5), row(f"d{i}", 1, end, end=True))]  # fmt: skip
+    found = run_fairness(rows).measure("CVaR, worst quarter")
+    assert found.after == pytest.approx((9 + 8 / 2) / 1.5)  # 1.5 devices of six
+
+
 def test_a_device_first_measured_at_the_end_has_no_before() -> None:
     found = run_fairness([row("a", 0), row("a", 1, 2.0, end=True), row("b", 0, 3.0)])
     a, b = found.devices

@@ -43,7 +43,7 @@ def test_the_fleet_mean_loss_of_the_whole_adapter_falls_on_every_device(
     assert before["devices"] == after["devices"] == len(DEVICES)
     assert after["mean"] < 0.95 * before["mean"]
     for row in report["devices"]:
-        assert row["loss_after"] < row["loss_before"], row["device_id"]
+        assert row["loss_last"] < row["loss_first"], row["device_id"]
 
 
 def test_the_ledger_holds_every_device_and_round(
@@ -53,7 +53,7 @@ def test_the_ledger_holds_every_device_and_round(
     assert [r["device_id"] for r in report["devices"]] == list(DEVICES)
     for row in report["devices"]:
         assert row["rounds_joined"] == ROUNDS and row["seconds"] > 0 and row["reason"]
-    assert sum(row["update_share"] for row in report["devices"]) == pytest.approx(1)
+    assert sum(row["share"] for row in report["devices"]) == pytest.approx(1)
     held = {(a.assignment.round, a.assignment.device_id): a for a in first_run.assignments}
     assert set(held) == {(r, d) for r in range(ROUNDS + 1) for d in DEVICES}
     for (round_, _), a in held.items():
@@ -75,7 +75,7 @@ def test_losses_of_slices_and_of_the_whole_adapter_are_never_mixed_up(
         seen = a.report.evaluation("global", "received")
         of_whole.setdefault(a.assignment.device_id, []).extend([seen.loss] if seen else [])
     for row in report["devices"]:
-        assert [row["loss_before"], row["loss_after"]] == of_whole[row["device_id"]]
+        assert [row["loss_first"], row["loss_last"]] == of_whole[row["device_id"]]
     for point in report["curve"]:
         assert (point["subject"], point["stage"]) in whole + part
 

@@ -10,7 +10,14 @@ from coordinator.methods import METHODS, MethodOptions, make
 from edge_agent.training.connectors import DataSelection
 from tests.tiny_base import write_base
 from trials.simulated_bench import SharedBench
-from trials.simulation import Sending, SimulatedDevice, Simulation, SimulationError, fleet_loss
+from trials.simulated_types import (
+    Sending,
+    SimulatedDevice,
+    SimulationError,
+    TierAdapters,
+    fleet_loss,
+)
+from trials.simulation import Simulation
 from trials.study.design import RunFacts
 from trials.study.playing import Player, skew_of
 from trials.study.statistics import permutation_p, slope
@@ -58,10 +65,10 @@ def sections(method="fslora", **more):
 
 @pytest.fixture
 def begin(base, devices, bench, tmp_path):
-    def of(method="fslora", sendings=None, devices_=None, **more):
+    def of(method="fslora", sendings=None, devices_=None, tiers=None, **more):
         config = RunConfig.model_validate(sections(method, **more))
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        return Simulation(config, base, devices_ or devices, bench, folder, sendings or {})
+        return Simulation(config, base, devices_ or devices, bench, folder, sendings or {}, tiers)
 
     return of
 
@@ -129,6 +136,36 @@ def test_differences_leave_devices_with_the_model_and_cost_less(begin):
     assert down[0][1] <= down[1][1]
     losses = [fleet_loss(run.measure()) for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_tiers_have_an_adapter_each_beside_the_global_one(begin):
+    tiers = {"ants": 0, "bees": 1, "cats": 1}
+
+    def losses(others, present=(None,)):
+        run = begin("fedit", tiers=None if others is None else TierAdapters(tiers, others))
+        for names in present:
+            run.round(names)
+        return {name: m.nats for name, m in run.measure().items()}, run
+
+    same, plain = losses(1.0)[0], losses(None)[0]
+    for name in NAMES:  # others' updates at full weight: the global adapter, to rounding
+        np.testing.assert_allclose(same[name], plain[name], rtol=1e-5)
+    apart, _ = losses(0.0, [["bees", "cats"]])
+    untouched, fresh = losses(0.0, []), losses(None, [["bees", "cats"]])[0]
+    assert apart["ants"] == untouched[0]["ants"]  # nobody of its tier took part
+    assert apart["bees"] == fresh["bees"]  # and in the other tier everybody did
+    losses(0.0, [["bees"], ["ants"], ["bees"]])  # a tier that skips a round
+    between, run = losses(0.25)
+    assert between["ants"] not in (plain["ants"], losses(0.0)[0]["ants"])
+    globally = run.measure(files=run.files)
+    assert globally["ants"].nats != between["ants"], "the global adapter is kept beside them"
+
+
+def test_tiers_are_refused_where_changes_fit_one_adapter_only(begin):
+    with pytest.raises(SimulationError, match="adds rows in place"):
+        begin("flora", tiers=TierAdapters(dict.fromkeys(NAMES, 0), 0.5))
+    with pytest.raises(SimulationError, match="no share"):
+        TierAdapters({}, 1.5)
 
 
 def test_what_a_planner_would_choose_must_be_said(begin):

@@ -89,8 +89,8 @@ async def test_the_ledger_has_a_row_for_every_device_and_round(harness, tmp_path
         assert row["closed_at"] >= row["opened_at"] and row["evaluate_only"] == (row["round"] == 3)
     for name, told in by_device.items():
         of = [r for r in rows if r["device"] == name]
-        assert of[-1]["loss_global_received"] == told.loss_after
-        assert of[0]["loss_global_received"] == told.loss_before
+        assert of[-1]["loss_global_received"] == told.loss_last
+        assert of[0]["loss_global_received"] == told.loss_first
 
 
 async def test_rows_are_read_as_they_were_written(harness, tmp_path):

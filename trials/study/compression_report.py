@@ -25,7 +25,15 @@ from trials.study.compression import (
 )
 from trials.study.settings import StudySettings
 from trials.study.statistics import Estimate
-from trials.study.words import Statement, interval_figure, number, p_value, said, shown
+from trials.study.words import (
+    Statement,
+    answer,
+    interval_figure,
+    number,
+    p_value,
+    said,
+    shown,
+)
 
 TITLE = "Compression and fairness"
 LEAD = (
@@ -43,8 +51,8 @@ def conclude(s: StudySettings, cells: Mapping[str, Cell]) -> tuple[Document, dic
         *(_said_helps(h) for h in helped),
     ]
     sections = (
-        *said(statements), _setting(s, cells), _within_section(inside), _across_section(over),
-        *_helps_sections(helped),
+        answer(_answers(inside, over, helped)), *said(statements), _setting(s, cells),
+        _within_section(inside), _across_section(over), *_helps_sections(s, helped),
     )  # fmt: skip
     figures = {
         "within": [asdict(w) for w in inside],
@@ -84,6 +92,64 @@ def _setting(s: StudySettings, cells: Mapping[str, Cell]) -> Section:
     table = Table("The two controls: losses in nats per token, means over seeds", columns,
                   tuple(map(tuple, rows)))  # fmt: skip
     return Section("What was run", (Words(words), table))
+
+
+# --- the answer -----------------------------------------------------------------------------
+
+
+def _answers(
+    inside: Sequence[Within], over: Sequence[Across], helped: Sequence[Helps]
+) -> list[str]:
+    """To each of the study's questions, from what was shown and what was not."""
+    told = []
+    for outcome, words in ((PRIMARY, "training alone"), ("excess over dense", "the dense run")):
+        mine = [w for w in inside if w.assignment == "independent" and w.outcome == outcome]
+        if not mine:
+            continue
+        yes = [f"{w.arm} (rho {shown(w.rho, 2)})" for w in mine if _found(w.rho, w.adjusted)]
+        no = [f"{w.arm} ({shown(w.rho, 2)})" for w in mine if not _found(w.rho, w.adjusted)]
+        reach = max(w.detectable for w in mine)
+        told.append(
+            "Does a device that is compressed more end worse off, where ratios were drawn at "
+            f"random? Against {words}: shown for {_listed(yes)}; not shown for {_listed(no)}. "
+            f"Correlations below {reach:.2f} such a study would often miss."
+        )
+    for matched in ("rounds", "bytes"):
+        mine_over = [o for o in over if o.metric == "range" and o.matched == matched]
+        if mine_over:
+            yes = [f"{o.arm} ({'more' if o.slope.value > 0 else 'less'} uneven)"
+                   for o in mine_over if _found(o.slope, o.adjusted)]  # fmt: skip
+            no = [o.arm for o in mine_over if not _found(o.slope, o.adjusted)]
+            told.append(
+                "Does compressing all devices alike make the fleet less even? Range of losses "
+                f"after as many {matched}: shown for {_listed(yes)}; not shown for {_listed(no)}."
+            )
+    if helped:
+        shown_for, others = _helping(helped)
+        told.append(
+            "What narrows the gap between the most and the least compressed devices? By so many "
+            f"nats per token at best, without adjustment for {len(helped)} comparisons: "
+            f"{_listed(shown_for)}. Not shown for {_listed(others)}."
+        )
+    return told
+
+
+def _helping(helped: Sequence[Helps]) -> tuple[list[str], list[str]]:
+    """What narrowed a gap, by how much at the most and how often; and what never did."""
+    of: dict[str, list[Estimate]] = {}
+    for h in helped:
+        of.setdefault(h.name, []).append(h.differences["tier gap"])
+    narrowed = {name: [e for e in gaps if e.high < 0] for name, gaps in of.items()}
+    found = [
+        f"{name} {shown(min(gaps, key=lambda e: e.value))}, in {len(gaps)} of {len(of[name])}"
+        for name, gaps in narrowed.items()
+        if gaps
+    ]
+    return found, [name for name, gaps in narrowed.items() if not gaps]
+
+
+def _listed(items: Sequence[str]) -> str:
+    return "; ".join(items) or "none"
 
 
 # --- statements -----------------------------------------------------------------------------
@@ -200,10 +266,11 @@ def _across_section(found: Sequence[Across]) -> Section:
     return Section("Across runs: all devices at the same ratio", tuple(parts))
 
 
-def _helps_sections(found: Sequence[Helps]) -> list[Section]:
+def _helps_sections(s: StudySettings, found: Sequence[Helps]) -> list[Section]:
     if not found:
         return []
     names = tuple(found[0].differences)
+    of_tier = len(s.fleet.domains) // len(s.ratios.sketch)
     rows = tuple(
         (h.name, h.against, *(shown(h.differences[n]) for n in names), f"{h.bytes_ratio:.2f}")
         for h in found
@@ -211,7 +278,10 @@ def _helps_sections(found: Sequence[Helps]) -> list[Section]:
     words = (
         "Differences from the run without it, paired by seed; below zero is better. Tier gap: "
         "how much more the most compressed devices change than the least. No adjustment for "
-        f"{len(found)} comparisons: of intervals without an effect one in twenty excludes zero."
+        f"{len(found)} comparisons: of intervals without an effect one in twenty excludes zero. "
+        "With an adapter for each tier every device is measured on its own tier's. A tier is "
+        f"{of_tier} devices here, so that this is near to an adapter for each device, and says "
+        "little of larger tiers."
     )
     table = Table(
         "Each mitigation less the same run without it, nats per token",

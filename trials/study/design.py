@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from coordinator.config import RunConfig
 from coordinator.methods import METHODS, Method, MethodOptions, make
 from trials.demo import NANO_CODE
-from trials.simulation import Sending
+from trials.simulated_types import Sending
 from trials.study.settings import Arm, Assigned, Mitigation, StudyError, StudySettings
 
 Kind = Literal["per device", "everywhere", "equal bytes", "dense", "local", "mitigation", "method"]
@@ -48,12 +48,17 @@ class RunFacts:
     measured: Sequence[int]
     level: int | None = None
     mitigation: str = ""
+    other_tiers: float | None = None
+    """Tiers have adapters of their own, other tiers' updates at this share of their weight."""
     format: int = field(default=FORMAT)
 
     @property
     def key(self) -> str:
         """Digest of the facts."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        plain = asdict(self)
+        if self.other_tiers is None:  # as runs were named before there were such adapters
+            del plain["other_tiers"]
+        text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
@@ -142,6 +147,7 @@ def _run(
         sizes=sizes, sendings={n: asdict(v) for n, v in sendings.items()}, tier=tier,
         present=turns(s, seed), measured=list(s.learning.measured), level=level,
         mitigation=mitigation.name if mitigation else "",
+        other_tiers=mitigation.other_tiers if mitigation else None,
     )  # fmt: skip
 
 

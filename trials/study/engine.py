@@ -48,19 +48,22 @@ def play_all(
 
 
 def claim(settings: Section, out: Path) -> None:
-    """Makes `out` this study's. Raises `StudyError` when it is another's."""
+    """Makes `out` this study's. Raises `StudyError` when it is another's.
+
+    Its design may grow and how results are analysed may change, since every run is named by all
+    that decides it; what the runs have in common may not.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    # How results are analysed may change; what is played may not.
     asked = settings.model_dump(mode="json", exclude={"analysis", "link"})
     kept = out / SETTINGS
     if kept.is_file():
-        if json.loads(kept.read_text()) != asked:
+        began = json.loads(kept.read_text())
+        if {**began, "design": None} != {**asked, "design": None}:
             raise StudyError(
                 f"{out} holds a study with other settings ({SETTINGS}); give another --out, or the "
                 "settings it began with"
             )
-        return
-    if any(out.iterdir()):
+    elif any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; give another --out")
     write_whole(kept, json.dumps(asked, indent=1))
 

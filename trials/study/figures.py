@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from coordinator import inequality
+from coordinator.run_fairness import CVAR_LEVEL
 from trials.study.board import Cell, Losses
 from trials.study.statistics import Array, Draw, Estimate, draws, interval
 
@@ -20,6 +21,7 @@ Metric = Callable[[Array, Array], Array]  # losses (..., D) and of local-only on
 METRICS: Mapping[str, Metric] = {
     "mean loss": lambda loss, local: inequality.mean(loss),
     "worst 10 %": lambda loss, local: inequality.worst_mean(loss, WORST),
+    "CVaR, worst 25 %": lambda loss, local: inequality.cvar(loss, CVAR_LEVEL),
     "range": lambda loss, local: inequality.value_range(loss),
     "variance": lambda loss, local: inequality.variance(loss),
     "Jain": lambda loss, local: inequality.jain(loss),

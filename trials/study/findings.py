@@ -16,13 +16,14 @@ from trials.study.settings import StudyError
 
 HEAD = """# Findings
 
-What Sketchfleet's studies show, as their reports say it; [studies.md](studies.md) explains the
-designs, the statistics and the words. Made by `python -m trials.study.findings`; not edited.
+What Sketchfleet's studies show, as their reports say it; [studies.md](studies.md) and
+[rank-shift.md](rank-shift.md) explain the designs, the statistics and the words. Made by
+`python -m trials.study.findings`; not edited. Every report begins with the answer, says what it
+supports and what it cannot say, and ends with the command that made it.
 
-All of it holds for what was run and no further: a model of 2.75 M parameters, a few rounds, eight
-kinds of code from installed packages, devices simulated in one process. Intervals are for other
-seeds, assignments, devices and held-out sequences of this kind, not for other models. Where
-nothing was shown, the report says which effect would have been.
+All of it holds for what was run and no further: small models, a few rounds, devices simulated in
+one process. Intervals are for other seeds, assignments, devices and held-out examples of the same
+kind, not for other models. "Not shown" is not "none": reports say what would have been found.
 """
 
 
@@ -36,8 +37,7 @@ def findings(folders: Sequence[Path]) -> str:
         except OSError as error:
             raise StudyError(f"{folder} holds no report.md; finish its study first") from error
         title, *lines = report.rstrip().splitlines()
-        command = f"`sketchfleet-trial study {name} --out FOLDER`, then `report.md` as it came:"
-        parts.append(f"#{title}\n\n{command}")
+        parts.append(f"#{title}\n\n`report.md` of `sketchfleet-trial study {name}`, as it came.")
         parts.append("\n".join(f"#{line}" if line.startswith("#") else line for line in lines))
     return "\n".join(parts) + "\n"
 

@@ -1,6 +1,8 @@
 """`study methods`: every method on the same budget of rounds, of bytes, of seconds.
 
-A method is read at the last measurement within the budget. Bytes are all devices' up and down.
+The budget is what the reference, the first method, spends in all its rounds of the same seed. A
+method is read at the last measurement within it: before its end where it spends more, at its end
+where it spends less, which is told. Bytes are all devices' up and down.
 Seconds are what devices measured for training, plus their bytes over the study's link, the slowest
 device of each round: no clock of a fleet, but the same for all methods. Methods that keep parts at
 home are measured with each device's own.
@@ -21,7 +23,7 @@ from trials.study.figures import metric, paired, resampled
 from trials.study.playing import Point
 from trials.study.settings import LinkSection, StudySettings
 from trials.study.statistics import Array, Estimate, draws, interval
-from trials.study.words import Statement, interval_figure, number, said, shown
+from trials.study.words import Statement, answer, interval_figure, number, said, shown
 
 TITLE = "Methods on the same budget"
 LEAD = (
@@ -35,13 +37,14 @@ BUDGETS = ("rounds", "bytes", "seconds")
 
 @dataclass(frozen=True)
 class Standing:
-    """A method within a budget. rounds: done by then, on average; against: its mean loss less the
-    reference's, paired by seed.
+    """A method within a budget. rounds: done by then, on average; spent: share of the budget;
+    against: its mean loss less the reference's, paired by seed.
     """
 
     method: str
     budget: str
     rounds: float
+    spent: float
     figures: Mapping[str, Estimate]
     against: Estimate
 
@@ -52,19 +55,20 @@ def conclude(s: StudySettings, cells: Mapping[str, Cell]) -> tuple[Document, dic
     reference = next(iter(of))
     spent = {budget: {m: _spent(s.link, cell, budget) for m, cell in of.items()}
              for budget in BUDGETS}  # fmt: skip
-    # What every method and seed has spent by its end, so that all can be read there.
-    limits = {budget: min(float(v[:, -1].min()) for v in each.values())
-              for budget, each in spent.items()}  # fmt: skip
+    limits = {budget: each[reference][:, -1] for budget, each in spent.items()}  # (S,)
     standings = []
     for budget in BUDGETS:
-        places = {m: [max(int(i) for i in np.flatnonzero(row <= limits[budget] * (1 + 1e-9)))
-                      for row in spent[budget][m]] for m in of}  # fmt: skip
-        base = of[reference].at(places[reference])
-        standings += [_standing(s, m, budget, cell, places[m], base) for m, cell in of.items()]
+        base = of[reference].final
+        for m, cell in of.items():
+            points, most = spent[budget][m], limits[budget]
+            places = (points <= most[:, None] * (1 + 1e-9)).sum(1) - 1
+            share = float((points[np.arange(len(most)), places] / most).mean())
+            standings.append(_standing(s, m, budget, cell, places.tolist(), base, share))
     statements = [
-        Statement(f"{x.method} has a lower mean loss than {reference} within the same {x.budget}: "
-                  f"{shown(x.against)} nats per token.", supported=True)
-        for x in standings if x.method != reference and x.against.high < 0
+        Statement(f"{x.method} has a {'lower' if x.against.value < 0 else 'higher'} mean loss than "
+                  f"{reference} within the same {x.budget}: {shown(x.against)} nats per token.",
+                  supported=True)
+        for x in standings if x.method != reference and x.against.excludes_zero
     ]  # fmt: skip
     statements += [
         Statement(f"Within the same {budget}, no difference in mean loss from {reference} was "
@@ -73,11 +77,45 @@ def conclude(s: StudySettings, cells: Mapping[str, Cell]) -> tuple[Document, dic
         if (alike := [x.method for x in standings if x.budget == budget and x.method != reference
                       and not x.against.excludes_zero])
     ]  # fmt: skip
-    budgets = (_budget(b, limits[b], standings, reference) for b in BUDGETS)
-    sections = (*said(statements), _setting(s, of), *budgets)
-    figures = {"limits": limits, "standings": [asdict(x) for x in standings],
-               "statements": [asdict(x) for x in statements]}  # fmt: skip
+    budgets = (_budget(b, float(limits[b].mean()), standings, reference) for b in BUDGETS)
+    answers = [_answer(b, [x for x in standings if x.budget == b], reference) for b in BUDGETS]
+    sections = (answer(answers), *said(statements), _setting(s, of), *budgets)
+    figures = {
+        "limits": {budget: most.tolist() for budget, most in limits.items()},
+        "standings": [asdict(x) for x in standings],
+        "statements": [asdict(x) for x in statements],
+    }
     return Document(TITLE, LEAD, sections), figures
+
+
+def _answer(budget: str, standings: Sequence[Standing], reference: str) -> str:
+    """Who stands where within one budget."""
+    ordered = sorted(standings, key=lambda x: x.figures["mean loss"].value)
+    one_model = next((x for x in ordered if METHODS[x.method].has_global), ordered[0])
+    apart = [x for x in standings if x.method != reference and x.against.excludes_zero]
+    lower, higher = (
+        ", ".join(x.method for x in apart if (x.against.value < 0) == below) or "none"
+        for below in (True, False)
+    )
+    alike = len(standings) - 1 - len(apart)
+    return (
+        f"Within the same {budget}, {_named(ordered[0])} has the lowest mean loss"
+        f"{_unless_first(one_model, ordered[0])}. Against {reference}, a lower one was shown for "
+        f"{lower}; a higher one for {higher}; no difference for {alike} others. Of such "
+        "comparisons without a difference one in twenty would be said to have one."
+    )
+
+
+def _named(x: Standing) -> str:
+    what = "" if METHODS[x.method].has_global else " (a model for each device)"
+    return f"{x.method}{what}, {shown(x.figures['mean loss'])},"
+
+
+def _unless_first(one_model: Standing, first: Standing) -> str:
+    """Who leads those with one model for all, where it is not who leads."""
+    return (
+        "" if one_model is first else f"; of those with one model for all, {_named(one_model)[:-1]}"
+    )
 
 
 def _spent(link: LinkSection, cell: Cell, budget: str) -> Array:
@@ -104,8 +142,9 @@ def _seconds(link: LinkSection, points: Sequence[Point]) -> Array:
 
 
 def _standing(
-    s: StudySettings, method: str, budget: str, cell: Cell, places: Sequence[int], base: Any
-) -> Standing:
+    s: StudySettings, method: str, budget: str, cell: Cell, places: Sequence[int], base: Any,
+    spent: float,
+) -> Standing:  # fmt: skip
     a, losses = s.analysis, cell.at(places)
     shape, figures = losses.nats.shape, {}
     for name in SHOWN:
@@ -116,7 +155,7 @@ def _standing(
         figures[name] = interval(value, np.concatenate(found), cell.seeds)
     rounds = float(np.mean([r.points[i].rounds for r, i in zip(cell.records, places, strict=True)]))
     against = paired("mean loss", losses, base, losses, a.replicates, a.seed)
-    return Standing(method, budget, rounds, figures, against)
+    return Standing(method, budget, rounds, spent, figures, against)
 
 
 def _setting(s: StudySettings, of: Mapping[str, Cell]) -> Section:
@@ -131,7 +170,8 @@ def _setting(s: StudySettings, of: Mapping[str, Cell]) -> Section:
             f"Methods that allow it have devices at {ranks} of the rank, drawn for each seed; the "
             "others, all of it. Everything travels as float32. Seconds: training as measured here, "
             f"plus bytes over {s.link.up_bps / 1e6:g} Mbit/s up and {s.link.down_bps / 1e6:g} "
-            "down, the slowest device of each round."
+            "down, the slowest device of each round. That training was timed while the machine did "
+            "other things too: small differences within the same seconds are none of methods."
         )
     ]
     if personal:
@@ -148,9 +188,15 @@ UNITS = {"rounds": "rounds", "bytes": "bytes up and down", "seconds": "seconds"}
 def _budget(budget: str, limit: float, standings: Sequence[Standing], reference: str) -> Section:
     mine = sorted((x for x in standings if x.budget == budget),
                   key=lambda x: x.figures["mean loss"].value)  # fmt: skip
-    columns = ("method", "rounds", *SHOWN, f"mean loss less {reference}'s")
+    columns = ("method", "rounds", "of the budget", *SHOWN, f"mean loss less {reference}'s")
     rows = tuple(
-        (x.method, number(x.rounds, 1), *(shown(x.figures[n]) for n in SHOWN), shown(x.against))
+        (
+            x.method,
+            number(x.rounds, 1),
+            f"{x.spent:.0%}",
+            *(shown(x.figures[n]) for n in SHOWN),
+            shown(x.against),
+        )
         for x in mine
     )
     table = Table("Losses in nats per token", columns, rows, wide=True)

@@ -19,13 +19,14 @@ from edge_agent.training.rows import Rows
 from trials.demo import NANO_CODE
 from trials.domains import domain_devices
 from trials.simulated_bench import SharedBench
-from trials.simulation import (
+from trials.simulated_types import (
     Measured,
     Sending,
     SimulatedDevice,
     SimulatedRound,
-    Simulation,
+    TierAdapters,
 )
+from trials.simulation import Simulation
 from trials.study.design import RunFacts
 
 
@@ -122,6 +123,7 @@ class Player:
         return Simulation(
             RunConfig.model_validate(sections), self._base, devices, self._bench,
             self._scratch / folder, {n: Sending(**given) for n, given in run.sendings.items()},
+            None if run.other_tiers is None else TierAdapters(run.tier, run.other_tiers),
         )  # fmt: skip
 
     def _of(self, run: RunFacts) -> list[SimulatedDevice]:

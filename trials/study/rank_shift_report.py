@@ -1,386 +1,198 @@
-"""What a rank-shift study shows: figures with intervals, and what they support and do not.
+"""What `study rank-shift` writes: the answer by rule, statements, tables and charts.
 
-Records -> Markdown and JSON. The unit is a seed, which draws mixtures, ranks, batches and all;
-intervals resample seeds and, within them, held-out examples, the same for what is compared. Knows
-records and statistics; it plays nothing.
+Knows the findings of `rank_shift_analysis` and the words for them; it computes nothing.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
-
-from trials.shift import skew
-from trials.study.engine import Told, write_whole
-from trials.study.rank_shift import (
-    RankShiftSettings,
-    ShiftFacts,
-    ShiftRecord,
-    facts_of,
-    load_rank_shift,
-    play_rank_shift,
+from coordinator.document import Document, Part, Section, Table, Words
+from trials.study.rank_shift import ShiftRecord
+from trials.study.rank_shift_analysis import FIGURES, Claim, Findings, analyse
+from trials.study.rank_shift_settings import RankShiftSettings, base_of
+from trials.study.words import (
+    Statement,
+    answer,
+    interval_figure,
+    number,
+    p_value,
+    said,
+    shown,
 )
-from trials.study.settings import shipped
-from trials.study.statistics import Estimate, holm, interval, permutation_p
 
-Array = NDArray[np.float64]
-Cell = tuple[str, str, float]  # method, spread of ranks, alpha
-LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Played:
-    """One cell over the seeds: S seeds, D devices, C classes, E examples of each.
-
-    nats: (S, 2, C, E) per token, before and after. shares: (S, D, C). ranks: (S, D).
-    accuracy: (S, 2, C). up_bytes: (S, D).
-    """
-
-    nats: Array
-    shares: Array
-    ranks: Array
-    accuracy: Array
-    up_bytes: Array
-
-    def losses(self, picked: NDArray[np.int64], point: int = 1) -> Array:
-        """(B, S, D) nats: of examples (B, S, C, E) by number."""
-        own = np.broadcast_to(self.nats[:, point], picked.shape)
-        by_class = np.take_along_axis(own, picked, -1).mean(-1)
-        found: Array = np.einsum("sdc,bsc->bsd", self.shares, by_class)
-        return found
+QUESTIONS: Mapping[str, tuple[str, str]] = {
+    "ranks": (
+        "Does it matter how the same total of ranks is spread over the devices?",
+        "the mean loss or the worst device's",
+    ),
+    "shift": (
+        "Does it matter how unlike the devices' {classes} are?",
+        "the mean loss or the worst device's",
+    ),
+    "tiers": ("Do devices of low rank fare worse than those of high rank?", "the gap between them"),
+}
 
 
-Figure = Callable[[Array, Played], Array]
-
-
-def mean_loss(losses: Array, _: Played) -> Array:
-    """(B, S): mean over devices."""
-    found: Array = losses.mean(-1)
-    return found
-
-
-def worst_loss(losses: Array, _: Played) -> Array:
-    """(B, S): of the device that fares worst."""
-    found: Array = losses.max(-1)
-    return found
-
-
-def tier_gap(losses: Array, played: Played) -> Array:
-    """(B, S): mean of the devices of lowest rank less that of the highest."""
-    return gap_of(losses, played.ranks)
-
-
-def gap_of(losses: Array, ranks: Array) -> Array:
-    """The same for any ranks (..., S, D), as if they had been dealt so."""
-    low = ranks == ranks.min(-1, keepdims=True)
-    high = ranks == ranks.max(-1, keepdims=True)
-    found: Array = (losses * low).sum(-1) / low.sum(-1) - (losses * high).sum(-1) / high.sum(-1)
-    return found
-
-
-FIGURES: Mapping[str, Figure] = {
-    "mean": mean_loss, "worst device": worst_loss, "lowest less highest rank": tier_gap,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A question put to the data. p: Holm's, over all questions of its kind."""
-
-    kind: str
-    words: str
-    estimate: Estimate
-    p: float
-
-    @property
-    def supported(self) -> bool:
-        """Whether the data say anything."""
-        return self.p < LEVEL and self.estimate.excludes_zero
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything that the report tells. cells: estimates by cell and figure."""
-
-    cells: dict[Cell, dict[str, Estimate]]
-    accuracy: dict[Cell, tuple[float, float]]  # mean and worst device
-    up_bytes: dict[Cell, float]  # mean of a device over the run
-    skews: dict[float, float]
-    learnt: dict[str, Estimate]  # by method, of the first spread: loss after less before
-    claims: list[Claim]
-
-
-def rank_shift(s: RankShiftSettings, data: Path | None, out: Path, jobs: int, told: Told) -> Path:
-    """Plays what is missing, and writes report.md and results.json. Raises `StudyError`."""
-    records = play_rank_shift(s, data, out, jobs, told)
-    found = analyse(s, data, records)
-    write_whole(out / "results.json", json.dumps(as_plain(found), indent=1))
-    report = out / "report.md"
-    write_whole(report, report_of(s, found))
-    return report
-
-
-def study_rank_shift(
-    config: Path | None, out: Path, jobs: int, quick: bool, data: Path | None
-) -> int:
-    """The command; returns its exit code. config None: as shipped; without data on code."""
-    if config is None:
-        name = "rank-shift" if data is not None else "rank-shift-code"
-        config = shipped(name, quick)
-    report = rank_shift(load_rank_shift(config), data, out, jobs, print)
-    print(f"\n{report.read_text()}\n{report}")
-    return 0
-
-
-def gather(
+def conclude(
     s: RankShiftSettings, data: Path | None, records: Mapping[str, ShiftRecord]
-) -> dict[Cell, Played]:
-    """Records by cell."""
-    found = {}
-    for method in s.design.methods:
-        for spread in s.design.ranks:
-            for alpha in s.design.alphas:
-                runs = [facts_of(s, data, method, spread, alpha, seed) for seed in s.design.seeds]
-                found[method, spread, alpha] = _played(runs, [records[run.key] for run in runs])
-    return found
+) -> tuple[Document, dict[str, Any]]:
+    """The report, and all figures as plain values."""
+    found = analyse(s, data, records)
+    classes = classes_of(s)
+    statements = [_said(claim) for claim in found.claims]
+    seconds = sum(record.seconds for record in records.values())
+    sections = (
+        answer(_answers(s, found)),
+        *said(statements),
+        _setting(s, found, len(records), seconds),
+        _learnt(s, found),
+        _losses(found),
+        *_claims(found),
+    )
+    lead = (
+        f"Whether it matters how LoRA ranks are spread over devices, and whether that changes "
+        f"when devices have unlike {classes}. Intervals are of 95 %."
+    )
+    task = Path(s.task.train[0]).parent.name if s.task.train else ""  # GLUE's folders
+    title = f"Ranks unevenly spread, and skewed {classes}{f': {task}' if task else ''}"
+    return Document(title, lead, sections), _plain(found)
 
 
-def _played(runs: Sequence[ShiftFacts], records: Sequence[ShiftRecord]) -> Played:
-    """Classes of unlike numbers of held-out examples are cut to the fewest."""
-    fewest = min(len(own) for r in records for point in r.nats for own in point)
+def classes_of(s: RankShiftSettings) -> str:
+    """What devices have in unlike shares, in a word."""
+    return "labels" if s.task.kind == "classification" else "domains"
 
-    def cut(values: Any) -> Array:
-        return np.array([[[o[:fewest] for o in point] for point in r] for r in values], dtype=float)
 
-    nats, tokens = cut([r.nats for r in records]), cut([r.tokens for r in records])
-    # Of a class: nats over tokens, so that long sequences weigh more; of examples both are 1.
-    return Played(
-        nats / tokens.mean(-1, keepdims=True),
-        np.array([r.shares for r in records]),
-        np.array([run.ranks for run in runs], dtype=float),
-        np.array([r.accuracy for r in records]),
-        np.array([r.up_bytes for r in records], dtype=float),
+def unit_of(s: RankShiftSettings) -> str:
+    """Of losses."""
+    return f"nats {'an example' if s.task.labels else 'a token'}"
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+def _answers(s: RankShiftSettings, found: Findings) -> list[str]:
+    """A sentence or two for each question."""
+    told = []
+    if not _learns(found):
+        told.append(
+            "Nothing was learnt that the intervals could tell from no learning, where "
+            f"{classes_of(s)} are least skewed: what follows compares models without skill, which "
+            f"may favour some {classes_of(s)} over others. Read it as a check of the procedure, "
+            "not as an answer."
+        )
+    for kind, (question, what) in QUESTIONS.items():
+        mine = [claim for claim in found.claims if claim.kind == kind]
+        if not mine:
+            continue
+        yes = [claim for claim in mine if claim.supported]
+        words = question.format(classes=classes_of(s))
+        if yes:
+            told.append(
+                f"{words} Shown in {len(yes)} of {len(mine)} comparisons: "
+                + "; ".join(f"{c.words}, {shown(c.estimate)} {unit_of(s)}" for c in yes) + "."
+            )  # fmt: skip
+            continue
+        widest = max(mine, key=lambda c: c.estimate.high - c.estimate.low).estimate
+        narrowest = min(mine, key=lambda c: c.estimate.high - c.estimate.low).estimate
+        told.append(
+            f"{words} No relation was shown in any of {len(mine)} comparisons of {what}. That is "
+            f"not the same as none: the intervals reach from {_half(narrowest)} to {_half(widest)} "
+            f"{unit_of(s)} either way."
+        )
+    return told
+
+
+def _half(e: Any) -> str:
+    return f"±{(e.high - e.low) / 2:.2f}"
+
+
+def _learns(found: Findings) -> bool:
+    return any(e.high < 0 for e in found.learnt.values())
+
+
+def _said(claim: Claim) -> Statement:
+    return Statement(
+        f"{claim.words}: {shown(claim.estimate)}, adjusted p {p_value(claim.p)}.", claim.supported
     )
 
 
-def analyse(
-    s: RankShiftSettings, data: Path | None, records: Mapping[str, ShiftRecord]
-) -> Findings:
-    """Estimates and claims."""
-    cells = gather(s, data, records)
-    one = next(iter(cells.values()))
-    fewest = min(played.nats.shape[-1] for played in cells.values())
-    cells = {
-        cell: Played(p.nats[..., :fewest], p.shares, p.ranks, p.accuracy, p.up_bytes)
-        for cell, p in cells.items()
-    }
-    seeds, classes = len(s.design.seeds), one.nats.shape[2]
-    draw = np.random.default_rng(s.analysis.seed)
-    picked = draw.integers(fewest, size=(s.analysis.replicates, seeds, classes, fewest))
-    which = draw.integers(seeds, size=(s.analysis.replicates, seeds))
-    everything = np.broadcast_to(np.arange(fewest), (1, seeds, classes, fewest))
-
-    def estimate(parts: Sequence[tuple[float, Played, Figure, int]]) -> tuple[Estimate, float]:
-        """A sum of figures with signs, paired by seed and examples; and its two-sided p."""
-        value, resampled = 0.0, np.zeros(s.analysis.replicates)
-        for sign, played, figure, point in parts:
-            value += sign * float(figure(played.losses(everything, point), played).mean())
-            each = figure(played.losses(picked, point), played)
-            resampled += sign * np.take_along_axis(each, which, 1).mean(1)
-        # Resampled means of so few vary less than means of so many new seeds would.
-        resampled = value + (resampled - value) * math.sqrt(seeds / max(1, seeds - 1))
-        spread = float(resampled.std(ddof=1))
-        p = math.nan
-        if seeds > 1 and spread > 0:
-            p = 2 * float(stats.t.sf(abs(value) / spread, seeds - 1))
-        return interval(value, resampled, seeds, p), p
-
-    def of_tier(parts: Sequence[tuple[float, Played, Figure, int]]) -> tuple[Estimate, float]:
-        """Of one cell's gap; p by dealing the ranks anew, since chance also dealt the classes."""
-        _, played, _, _ = parts[0]
-        losses = played.losses(everything)[0]
-
-        def gap(ranks: Array) -> Array:
-            found: Array = gap_of(losses, ranks).mean(-1)
-            return found
-
-        p, _ = permutation_p(gap, played.ranks, s.analysis.permutations, s.analysis.seed)
-        return estimate(parts)[0], p
-
-    claims = [
-        *_family("ranks", _rank_questions(s), cells, estimate),
-        *_family("shift", _shift_questions(s), cells, estimate),
-        *_family("tiers", _tier_questions(s, cells), cells, of_tier),
-    ]
-    told = {
-        cell: {
-            name: estimate([(1.0, played, figure, 1)])[0]
-            for name, figure in FIGURES.items()
-            if figure is not tier_gap or len(np.unique(played.ranks)) > 1
-        }
-        for cell, played in cells.items()
-    }
-    baseline, widest = s.design.baseline, s.design.alphas[-1]
-    learnt = {}
-    for method in s.design.methods:
-        played = cells[method, baseline, widest]
-        after_less_before = [(1.0, played, mean_loss, 1), (-1.0, played, mean_loss, 0)]
-        learnt[method] = estimate(after_less_before)[0]
-    accuracy = {}
-    for cell, played in cells.items():
-        own = np.einsum("sdc,sc->sd", played.shares, played.accuracy[:, 1])
-        accuracy[cell] = float(own.mean()), float(own.min(1).mean())
-    skews = {
-        alpha: float(np.mean([
-            skew(shares) for shares in cells[s.design.methods[0], baseline, alpha].shares
-        ]))
-        for alpha in s.design.alphas
-    }  # fmt: skip
-    up = {cell: float(played.up_bytes.mean()) for cell, played in cells.items()}
-    return Findings(told, accuracy, up, skews, learnt, claims)
+# --- what was run -------------------------------------------------------------------------------
 
 
-Question = tuple[str, list[tuple[float, Cell, Figure]]]
+def _setting(s: RankShiftSettings, found: Findings, runs: int, seconds: float) -> Section:
+    d, c, classes = s.design, s.learning, classes_of(s)
+    base = "" if s.task.base else base_of(s.task).parent.name
+    if s.task.kind == "code":
+        base = "nano model"
+    files = f" of {', '.join(s.task.train)}" if s.task.train else ""
+    words = (
+        f"{f'The base is {base}. ' if base else ''}{d.devices} devices of {d.examples} examples "
+        f"each{files}; {c.rounds} rounds of {c.local_steps} steps of {c.micro_batch}, learning "
+        f"rate {c.learning_rate:g}, {len(d.seeds)} seeds; {runs} runs, {seconds / 60:.0f} minutes "
+        f"of one processor. Losses in {unit_of(s)}, lower is better; a device's is that of the "
+        f"global adapter on held-out data that is the same for all, weighed by the {classes} that "
+        "the device has. A method that needs one rank for all has the lowest of the fleet's."
+    )
+    skews = Table(
+        "Skew: mean total-variation distance of a device's shares from the fleet's",
+        ("alpha", "skew"), tuple((f"{a:g}", number(v, 2)) for a, v in found.skews.items()),
+    )  # fmt: skip
+    ranks = Table(
+        "Distributions of ranks, dealt to devices by the seed",
+        ("ranks", "of the devices", "in all"),
+        tuple((name, ", ".join(map(str, r)), str(sum(r))) for name, r in d.ranks.items()),
+        text_columns=2,
+    )
+    return Section("What was run", (Words(words), skews, ranks))
 
 
-def _family(
-    kind: str, questions: Sequence[Question], cells: Mapping[Cell, Played],
-    estimate: Callable[..., tuple[Estimate, float]],
-) -> list[Claim]:  # fmt: skip
-    asked = [
-        (words, *estimate([(sign, cells[cell], figure, 1) for sign, cell, figure in parts]))
-        for words, parts in questions
-    ]
-    # A difference of nothing at all, between runs that are one and the same, is no question.
-    asked = [(words, found, p) for words, found, p in asked if math.isfinite(p)]
-    adjusted: Sequence[float] = holm([p for _, _, p in asked]).tolist() if asked else []
-    return [
-        Claim(kind, words, found, float(q))
-        for (words, found, _), q in zip(asked, adjusted, strict=True)
-    ]
+def _learnt(s: RankShiftSettings, found: Findings) -> Section:
+    rows = []
+    for method, e in found.learnt.items():
+        mean, worst = found.accuracy[method, s.design.baseline, s.design.alphas[-1]]
+        rows.append((method, shown(e), f"{mean:.3f}", f"{worst:.3f}"))
+    caption = (
+        f"Mean loss after less before, and accuracy after: {s.design.baseline} ranks, alpha "
+        f"{s.design.alphas[-1]:g}, {unit_of(s)}"
+    )
+    columns = ("method", "loss after less before", "accuracy, mean", "worst device")
+    return Section("Was anything learnt?", (Table(caption, columns, tuple(rows)),))
 
 
-def _rank_questions(s: RankShiftSettings) -> list[Question]:
-    base = s.design.baseline
-    return [
-        (
-            f"{method}, alpha {alpha:g}: {name} with {spread} ranks less with {base}",
-            [(1.0, (method, spread, alpha), figure), (-1.0, (method, base, alpha), figure)],
+def _losses(found: Findings) -> Section:
+    columns = ("method", "ranks", "alpha", *FIGURES, "accuracy, mean / worst", "kB up per device")
+    rows = []
+    for (method, spread, alpha), figures in found.cells.items():
+        told = [shown(figures[name]) if name in figures else "" for name in FIGURES]
+        mean, worst = found.accuracy[method, spread, alpha]
+        sent = found.up_bytes[method, spread, alpha] / 1e3
+        rows.append((method, spread, f"{alpha:g}", *told, f"{mean:.3f} / {worst:.3f}",
+                     f"{sent:.0f}"))  # fmt: skip
+    caption = "After the last round; lowest less highest rank: above zero, low ranks fare worse"
+    return Section("Losses", (Table(caption, columns, tuple(rows), text_columns=2, wide=True),))
+
+
+def _claims(found: Findings) -> list[Section]:
+    parts: list[Part] = [
+        Words(
+            "Intervals are over seeds and held-out examples, paired by seed. A gap between ranks "
+            "is tested by dealing the ranks anew within each seed, all else by Student's t; p is "
+            "Holm's within each kind of question. Supported: p below 0.05 and zero left out."
         )
-        for method in s.design.methods
-        for spread in list(s.design.ranks)[1:]
-        for alpha in s.design.alphas
-        for name, figure in FIGURES.items()
-        if figure is not tier_gap
     ]
+    for kind in QUESTIONS:
+        if mine := [claim for claim in found.claims if claim.kind == kind]:
+            caption = f"Differences: {kind}"
+            parts.append(interval_figure(caption, [(c.words, c.estimate) for c in mine], "nats"))
+    return [Section("Every comparison", tuple(parts))]
 
 
-def _shift_questions(s: RankShiftSettings) -> list[Question]:
-    low, high = s.design.alphas[0], s.design.alphas[-1]
-    return [
-        (
-            f"{method}, {spread} ranks: {name} at alpha {low:g} less at {high:g}",
-            [(1.0, (method, spread, low), figure), (-1.0, (method, spread, high), figure)],
-        )
-        for method in s.design.methods
-        for spread in s.design.ranks
-        for name, figure in FIGURES.items()
-        if figure is not tier_gap and low != high
-    ]
-
-
-def _tier_questions(s: RankShiftSettings, cells: Mapping[Cell, Played]) -> list[Question]:
-    return [
-        (
-            f"{method}, {spread} ranks, alpha {alpha:g}: devices of lowest less of highest rank",
-            [(1.0, (method, spread, alpha), tier_gap)],
-        )
-        for (method, spread, alpha), played in cells.items()
-        if len(np.unique(played.ranks)) > 1
-    ]
-
-
-# --- in words -----------------------------------------------------------------------------------
-
-
-def report_of(s: RankShiftSettings, found: Findings) -> str:
-    """The study in Markdown."""
-    d, classes = s.design, "labels" if s.task.kind == "classification" else "domains"
-    learns = any(e.high < 0 for e in found.learnt.values())
-    lines = [
-        "# Ranks unevenly spread, and skewed " + classes,
-        "",
-        f"{d.devices} devices of {d.examples} examples each, {s.learning.rounds} rounds of "
-        f"{s.learning.local_steps} steps of {s.learning.micro_batch}; {len(d.seeds)} seeds. "
-        f"Losses in nats {'an example' if s.task.labels else 'a token'}, lower is better; a "
-        f"device's loss is that of the global adapter on all held-out data, weighed by the "
-        f"{classes} that the device has. Intervals: 95 %, over seeds and held-out examples.",
-        "",
-        "| alpha | skew: mean distance of a device's shares from the fleet's |",
-        "|---|---|",
-        *(f"| {alpha:g} | {value:.2f} |" for alpha, value in found.skews.items()),
-        "",
-        "| ranks | of the devices | in all |",
-        "|---|---|---|",
-        *(f"| {name} | {', '.join(map(str, r))} | {sum(r)} |" for name, r in d.ranks.items()),
-        "",
-        "## Was anything learnt?",
-        "",
-        f"Mean loss after less before, {d.baseline} ranks, alpha {d.alphas[-1]:g}:",
-        "",
-        *(f"- {method}: {_told(e)}" for method, e in found.learnt.items()),
-    ]
-    if not learns:
-        lines += ["", "**Nothing that the intervals could tell from no learning.** What follows "
-                  "compares models that hardly differ from the start: read it as a check of the "
-                  "procedure, not as an answer."]  # fmt: skip
-    lines += ["", "## Losses", "", *_table(s, found), "", *_claims(found)]
-    return "\n".join(lines) + "\n"
-
-
-def _table(s: RankShiftSettings, found: Findings) -> list[str]:
-    columns = ["method", "ranks", "alpha", *FIGURES, "accuracy, mean / worst", "kB up per device"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for cell, figures in found.cells.items():
-        method, spread, alpha = cell
-        told = [_told(figures[name]) if name in figures else "" for name in FIGURES]
-        mean, worst = found.accuracy[cell]
-        row = [method, spread, f"{alpha:g}", *told, f"{mean:.3f} / {worst:.3f}",
-               f"{found.up_bytes[cell] / 1e3:.0f}"]  # fmt: skip
-        lines.append("| " + " | ".join(row) + " |")
-    homogeneous = "A method that needs one rank for all has the lowest of the fleet's."
-    return [*lines, "", homogeneous]
-
-
-def _claims(found: Findings) -> list[str]:
-    yes = [c for c in found.claims if c.supported]
-    no = [c for c in found.claims if not c.supported]
-    lines = ["## What the data support", ""]
-    lines += [f"- {c.words}: {_told(c.estimate)} (p = {c.p:.3g} after Holm)" for c in yes] or [
-        "Nothing: no difference is distinguishable from none."
-    ]
-    lines += ["", "## What they cannot tell", "",
-              "Intervals that hold zero, or p above 0.05 after Holm's correction within a kind of "
-              "question:", ""]  # fmt: skip
-    return [*lines, *(f"- {c.words}: {_told(c.estimate)}, p = {c.p:.2g}" for c in no)]
-
-
-def _told(e: Estimate) -> str:
-    if not math.isfinite(e.low):
-        return f"{e.value:.3f}"
-    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
-
-
-def as_plain(found: Findings) -> dict[str, Any]:
-    """Findings for JSON."""
+def _plain(found: Findings) -> dict[str, Any]:
     return {
         "cells": [
             {"method": m, "ranks": r, "alpha": a, "accuracy": found.accuracy[m, r, a],

@@ -114,6 +114,9 @@ class Mitigation(Section):
     assignment: Assigned
     sections: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Of run.toml, over the study's own."""
+    other_tiers: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Devices at the same ratio have an adapter of their own, which other tiers' updates enter at
+    this share of their weight; absent: all have the global one."""
 
 
 class DesignSection(Section):

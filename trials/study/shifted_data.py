@@ -19,7 +19,7 @@ from edge_agent.training.connectors import DataSelection, collect
 from edge_agent.training.labelled import Columns, Labelled
 from trials.domains import domain_devices
 from trials.shift import Shares, ShiftError, deal, mixtures, shares_of
-from trials.simulation import SimulatedDevice
+from trials.simulated_types import SimulatedDevice
 
 PIECE_CHARACTERS = 400  # of code, cut at line ends: about two rows of 64 tokens
 COLUMNS = Columns("first", "second", "label")

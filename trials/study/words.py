@@ -41,6 +41,11 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def answer(sentences: Sequence[str]) -> Section:
+    """The study's questions with what it has to say to each, first of all."""
+    return Section("The answer", (Bullets(tuple(sentences)),))
+
+
 def said(statements: Sequence[Statement]) -> tuple[Section, Section]:
     """What is supported, and what is not."""
     return (

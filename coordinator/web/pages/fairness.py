@@ -129,7 +129,7 @@ def _figures(facts: Facts, history: dict[int, FairnessSummary]) -> tuple[Figure,
             words.UNKNOWN if alone is None else f"{len(alone.worse_off)} of {alone.devices}",
             "not measured in this run"
             if alone is None
-            else "devices, with an adapter of their own",
+            else "devices, with an adapter of their own; noise not taken out",
         ),
     )
 

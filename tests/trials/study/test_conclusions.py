@@ -83,13 +83,16 @@ def test_the_report_says_what_the_figures_say_and_fits_in_json():
     supports = next(x for x in document.sections if x.title == "What this supports")
     cannot = next(x for x in document.sections if x.title == "What this cannot say")
     assert "devices that were compressed more ended worse" in supports.parts[0].items[0]
+    first = document.sections[0]
+    assert first.title == "The answer"
+    assert "Against training alone: shown for sketch, fslora" in first.parts[0].items[0]
     assert any("magic was not shown" in item for item in cannot.parts[0].items)
     text, drawn = markdown(document), html(document)
     assert "ended worse" in text and "<svg" in drawn and " src=" not in drawn
     assert json.loads(json.dumps(_plain(figures), allow_nan=False))["within"]
 
 
-def test_methods_are_read_within_the_smallest_budget():
+def test_methods_are_read_within_what_the_first_one_spends():
     s = settings("methods", methods=["fslora", "fedit"])
     runs = runs_of(s)
     better = lambda run, d: -0.05 * (run.method == "fedit")  # noqa: E731
@@ -98,5 +101,16 @@ def test_methods_are_read_within_the_smallest_budget():
     said = {(x["method"], x["budget"]): x for x in figures["standings"]}
     assert said["fedit", "rounds"]["rounds"] == 8
     assert said["fedit", "bytes"]["rounds"] < 8  # sends more a round than sketches
+    assert said["fslora", "bytes"]["spent"] == pytest.approx(1)
     assert said["fedit", "rounds"]["against"]["value"] == pytest.approx(-0.05, abs=0.01)
-    assert "fedit has a lower mean loss" in document.sections[0].parts[0].items[0]
+    first, supports = document.sections[:2]
+    assert "fedit has a lower mean loss" in supports.parts[0].items[0]
+    assert "lower one was shown for fedit; a higher one for none" in first.parts[0].items[0]
+    worse = lambda run, d: 0.05 * (run.method == "fedit")  # noqa: E731
+    cells = cells_of(runs, {r.key: record(r, shift=worse) for r in runs})
+    assert "fedit has a higher" in methods.conclude(s, cells)[0].sections[1].parts[0].items[0]
+    other = settings("methods", methods=["fedit", "fslora"])
+    cells = cells_of(runs_of(other), {r.key: record(r) for r in runs})
+    read = {(x["method"], x["budget"]): x for x in methods.conclude(other, cells)[1]["standings"]}
+    frugal = read["fslora", "bytes"]  # at its end, and it is told
+    assert frugal["rounds"] == 8 and frugal["spent"] < 0.9

@@ -59,6 +59,8 @@ def test_finished_runs_are_not_played_again(tmp_path):
 def test_a_folder_of_other_settings_is_refused_but_a_new_analysis_is_not(tmp_path):
     claim(settings(), tmp_path)
     claim(settings().model_copy(update={"analysis": {"permutations": 99}}), tmp_path)
+    more = settings().design.model_copy(update={"seeds": (1, 2, 3)})
+    claim(settings().model_copy(update={"design": more}), tmp_path)  # it may grow
     with pytest.raises(StudyError, match="other settings"):
         claim(settings(rounds=5, measured=[1, 5]), tmp_path)
     (tmp_path / "other").mkdir()
@@ -97,6 +99,6 @@ def test_findings_are_reports_as_they_are(tmp_path):
     (tmp_path / "study.json").write_text('{"study": "methods"}')
     text = findings([tmp_path])
     assert text.startswith("# Findings") and text.endswith("\n\nSaid.\n\n### Part\n")
-    assert "\n## A study\n\n`sketchfleet-trial study methods --out FOLDER`" in text
+    assert "\n## A study\n\n`report.md` of `sketchfleet-trial study methods`" in text
     with pytest.raises(StudyError, match="finish its study first"):
         findings([tmp_path / "none"])

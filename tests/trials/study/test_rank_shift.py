@@ -10,18 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator.document import markdown
 from tests.tiny_base import write_encoder
+from trials.study.command import write_report
 from trials.study.engine import write_whole
 from trials.study.rank_shift import (
-    RankShiftSettings,
     ShiftPlayer,
     ShiftRecord,
     facts_of,
-    load_rank_shift,
     play_rank_shift,
     runs_of,
 )
-from trials.study.rank_shift_report import analyse, rank_shift, report_of
+from trials.study.rank_shift_analysis import analyse
+from trials.study.rank_shift_report import conclude
+from trials.study.rank_shift_settings import RankShiftSettings, load_rank_shift
 from trials.study.settings import SHIPPED, StudyError
 
 LABELS = ("entailment", "not_entailment")
@@ -138,15 +140,19 @@ def test_a_planted_effect_of_ranks_is_found_with_its_size_and_nothing_else_is(da
     for claim in ranks:
         assert claim.estimate.low < 0.1 < claim.estimate.high
     assert not [c for c in found.claims if c.kind != "ranks" and c.supported], supported(found)
-    assert "What the data support" in report_of(s, found)
+    text = markdown(conclude(s, data, planted)[0])
+    assert "spread over the devices? Shown in 4 of 4 comparisons" in text
+    assert "high rank? No relation was shown in any of 2 comparisons" in text
+    assert "Nothing was learnt" not in text
 
 
 def test_where_nothing_was_planted_nothing_is_supported(data):
     s = settings_of("base", methods=["fslora"])
-    found = analyse(s, data, made_up(s, data, lambda run, c: 1.0))
-    assert supported(found) == []
-    words = report_of(s, found)
-    assert "Nothing: no difference" in words and "Nothing that the intervals could tell" in words
+    records = made_up(s, data, lambda run, c: 1.0)
+    assert supported(analyse(s, data, records)) == []
+    words = markdown(conclude(s, data, records)[0])
+    assert "Nothing was learnt that the intervals could tell" in words
+    assert words.count("No relation was shown") == 3
 
 
 def test_a_model_that_favours_one_label_is_worse_for_the_worst_device_under_skew(data):
@@ -196,11 +202,13 @@ def test_a_finished_study_is_reported_without_playing_and_another_is_refused(tmp
     (tmp_path / "study.json").write_text(
         json.dumps(s.model_dump(mode="json", exclude={"analysis", "link"}))
     )
-    report = rank_shift(s, data, tmp_path, 1, lambda line: None)
-    assert report.read_text().startswith("# Ranks unevenly spread")
-    plain = json.loads((tmp_path / "results.json").read_text())
+    records = play_rank_shift(s, data, tmp_path, 1, lambda line: None)
+    write_report(tmp_path, "rank-shift", s, *conclude(s, data, records), "the command")
+    assert (tmp_path / "report.md").read_text().startswith("# Ranks unevenly spread")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    plain = json.loads((tmp_path / "report.json").read_text())
     assert len(plain["cells"]) == 4 and plain["claims"]
-    other = settings_of("base", methods=["fslora"], examples=11)
+    other = s.model_copy(update={"learning": s.learning.model_copy(update={"rounds": 9})})
     with pytest.raises(StudyError, match="other settings"):
         play_rank_shift(other, data, tmp_path, 1, print)
 
