@@ -143,7 +143,7 @@ class Merger:
         ordered = sorted(
             updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
         )
-        spec, readers = self.spec, _Readers(self.spec, ordered, apart=not self.method.streams)
+        spec, readers = self.spec, _Readers(self.spec, ordered, self.method)
         shares = normalised([update.weight for update in ordered])
         coverage = np.zeros(spec.rank)
         meter, given = ErrorMeter(), ContributionMeter(shares, spec.rank)
@@ -258,10 +258,13 @@ class _Merged:
 
 @dataclass(eq=False)
 class _Slot:
-    """Memory for one update's part in a module, and whose values lie there."""
+    """Memory for one update's part in a module, and the mark of whose values lie there.
+
+    A mark, since a reference would close a circle, which keeps the memory until it is collected.
+    """
 
     memory: memoryview
-    holder: _Delta | None = None
+    holder: object = None
     parts: Parts = field(default_factory=dict)
 
 
@@ -283,9 +286,10 @@ class _Delta(Mapping[Part, Matrix32]):
     ) -> None:
         self._slot, self._reader, self._name = slot, reader, name
         self._kinds, self._kept, self._checked = kinds, kept, checked
+        self._mark = object()
 
     def __getitem__(self, part: Part) -> Matrix32:
-        if self._slot.holder is not self:
+        if self._slot.holder is not self._mark:
             self._read()
         return self._slot.parts[part]
 
@@ -305,25 +309,26 @@ class _Delta(Mapping[Part, Matrix32]):
         into = slot.memory if enough else None
         parts = reader.module(self._name, into, checked=self._checked)
         slot.parts = {part: values[: self._kept or None] for part, values in parts.items()}
-        slot.holder = self
+        slot.holder = self._mark
 
 
 class _Readers:
     """Updates as open files, so that each header is read once; beyond a limit, one at a time.
 
     What is read of a module lies where the module before it lay: fresh memory would have to be
-    paged in, which takes longer than reading. apart: every update has a place of its own; else
-    one takes the place of the other. Every thread has its own places.
+    paged in, which takes longer than reading. Where the method looks at one at a time, one takes
+    the place of the other. Every thread has its own places.
     """
 
-    def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate], *, apart: bool) -> None:
+    def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate], method: Method) -> None:
         self._spec, self._updates = spec, updates
         self._digests = [update.assignment.digest for update in updates]
         self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
         names = [module.name for module in spec.modules]
         self._sizes = [max(map(reader.stored_bytes, names), default=0) for reader in self._open]
         self._sizes += [0] * (len(updates) - len(self._sizes))
-        self._apart, self._own = apart, threading.local()
+        self._apart, self._sums = not (method.streams or method.stacks), method.streams
+        self._own = threading.local()
 
     def module(self, name: str) -> list[_Delta]:
         """What each update says of a module; valid until this thread asks for the next one."""
@@ -337,7 +342,7 @@ class _Readers:
             slot = self._own.slots[i]
             slot.holder, slot.parts = None, {}
             # Of a mean, whatever has any weight shows in the sum, which is looked at.
-            checked = self._apart or not update.weight
+            checked = not self._sums or not update.weight
             found.append(_Delta(slot, partial(self._at, i), name, kinds, kept, checked))
         return found
 
