@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from coordinator.aggregation_error import EXACT_COMPONENTS
 from coordinator.ledger_types import Contribution
-from coordinator.lowrank import Matrix32, Rows, inner, norm, random_signs, stack
+from coordinator.lowrank import Bundle, Matrix32, Rows, inner, random_signs
 from coordinator.methods import Method, ModuleState, ModuleUpdate
 from coordinator.methods.base import Shares
 
 NOTHING = 1e-12  # of the sum of what the inner products could have been
+_Difference = Sequence[tuple[float, Bundle]]  # sum of factor * product
 PROBES = 4  # of an estimated norm: about 35 % off for one layer, 2.5 % for 200
 
 
@@ -263,19 +264,23 @@ def _by_products(
     updates: Sequence[ModuleUpdate],
     shares: Shares,
 ) -> Given:
-    """By Gram matrices of products, in float64: U and D_i are differences of them."""
-    bundles, signs = [after.product, before.product], [1.0, -1.0]
+    """By Gram matrices of products, in float64, device by device: U and D_i are differences."""
+    merged = [(1.0, after.product), (-1.0, before.product)]
     if after.side is not before.side:
-        for side, sign in ((after.side, 1.0), (before.side, -1.0)):
-            if side is not None:
-                bundles.append(side)
-                signs.append(sign)
-    merged = stack(bundles, signs)
+        sides = ((1.0, after.side), (-1.0, before.side))
+        merged += [(sign, side) for sign, side in sides if side is not None]
     inners, energies = np.zeros(len(updates)), np.zeros(len(updates))
     for i, (update, share) in enumerate(zip(updates, shares, strict=True)):
-        own = stack([update.trained.product, update.start.product], [share, -share])
-        inners[i], energies[i] = inner(merged, own), norm(own) ** 2
-    return Given(inners, energies, norm(merged) ** 2)
+        begun = update.begin()
+        own = [(share, begun.moved(update.delta).product), (-share, begun.product)]
+        inners[i] = _inner(merged, own)
+        energies[i] = max(_inner(own, own), 0.0)
+    return Given(inners, energies, max(_inner(merged, merged), 0.0))
+
+
+def _inner(of: _Difference, other: _Difference) -> float:
+    """Of two sums of products; nothing is stacked, so memory is that of what is given."""
+    return sum(a * b * inner(x, y) for a, x in of for b, y in other)
 
 
 @lru_cache(maxsize=8)  # a model has few widths

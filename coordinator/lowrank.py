@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,23 +144,29 @@ def _flat(total: Matrix32 | Matrix64) -> NDArray[Any]:
     return flat
 
 
-def stack(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
+def stack(bundles: Iterable[Bundle], weights: Sequence[float], rank: int | None = None) -> Bundle:
     """sum_i w_i s_i up_i' down_i as one bundle of sum r_i components and scale 1.
 
     Weight and scale go to the up side only; on both they would act squared. This is the ideal
-    update of a round (FLoRA, arXiv 2409.05976). Raises `LowRankError` if there is no bundle.
+    update of a round (FLoRA, arXiv 2409.05976). rank: sum r_i, where the bundles are made one by
+    one and never lie in memory together. Raises `LowRankError` if there is no bundle.
     """
-    if not bundles:
-        raise LowRankError("there is no bundle to stack; a round needs at least one update")
-    rank = sum(bundle.rank for bundle in bundles)
-    up = np.empty((rank, bundles[0].up.shape[1]), dtype=np.float32)
-    down = np.empty((rank, bundles[0].down.shape[1]), dtype=np.float32)
+    if rank is None:
+        bundles = list(bundles)
+        rank = sum(bundle.rank for bundle in bundles)
+    up = down = np.empty((0, 0), np.float32)
     start = 0
     for bundle, weight in zip(bundles, weights, strict=True):
+        if not down.size:
+            up = np.empty((rank, bundle.up.shape[1]), dtype=np.float32)
+            down = np.empty((rank, bundle.down.shape[1]), dtype=np.float32)
         down[start : start + bundle.rank] = bundle.down
         for part, block in _scaled([(weight * bundle.scale, bundle.up)], np.float64):
             up[start + part.start : start + part.stop] = block
         start += bundle.rank
+    if not weights:
+        raise LowRankError("there is no bundle to stack; a round needs at least one update")
+    assert start == rank
     return Bundle(up, down, 1.0)
 
 

@@ -99,6 +99,10 @@ class Merger:
         """Whether updates are looked at one at a time."""
         return self.method.streams and not self.robust.holds_all
 
+    def _readers(self, updates: Sequence[StoredUpdate]) -> _Readers:
+        one_by_one = self._streams or (self.method.stacks and not self.robust.holds_all)
+        return _Readers(self.spec, updates, apart=not one_by_one, sums=self._streams)
+
     def merge(
         self, round_: int, version: int, current: StateReader, updates: Sequence[StoredUpdate]
     ) -> MergeResult:
@@ -153,7 +157,7 @@ class Merger:
         ordered = sorted(
             updates, key=lambda u: (u.device_id, u.assignment.round, u.assignment.assignment_id)
         )
-        spec, readers = self.spec, _Readers(self.spec, ordered, apart=not self._streams)
+        spec, readers = self.spec, self._readers(ordered)
         shares = normalised([update.weight for update in ordered])
         coverage = np.zeros(spec.rank)
         meter, given = ErrorMeter(), ContributionMeter(shares, spec.rank)
@@ -278,10 +282,13 @@ class _Merged:
 
 @dataclass(eq=False)
 class _Slot:
-    """Memory for one update's part in a module, and whose values lie there."""
+    """Memory for one update's part in a module, and the mark of whose values lie there.
+
+    A mark, since a reference would close a circle, which keeps the memory until it is collected.
+    """
 
     memory: memoryview
-    holder: _Delta | None = None
+    holder: object = None
     parts: Parts = field(default_factory=dict)
 
 
@@ -303,9 +310,10 @@ class _Delta(Mapping[Part, Matrix32]):
     ) -> None:
         self._slot, self._reader, self._name = slot, reader, name
         self._kinds, self._kept, self._checked = kinds, kept, checked
+        self._mark = object()
 
     def __getitem__(self, part: Part) -> Matrix32:
-        if self._slot.holder is not self:
+        if self._slot.holder is not self._mark:
             self._read()
         return self._slot.parts[part]
 
@@ -325,7 +333,7 @@ class _Delta(Mapping[Part, Matrix32]):
         into = slot.memory if enough else None
         parts = reader.module(self._name, into, checked=self._checked)
         slot.parts = {part: values[: self._kept or None] for part, values in parts.items()}
-        slot.holder = self
+        slot.holder = self._mark
 
 
 class _Readers:
@@ -333,17 +341,20 @@ class _Readers:
 
     What is read of a module lies where the module before it lay: fresh memory would have to be
     paged in, which takes longer than reading. apart: every update has a place of its own; else
-    one takes the place of the other. Every thread has its own places.
+    one takes the place of the other. Every thread has its own places. sums: values that are not
+    finite show in what becomes of them.
     """
 
-    def __init__(self, spec: AdapterSpec, updates: Sequence[StoredUpdate], *, apart: bool) -> None:
+    def __init__(
+        self, spec: AdapterSpec, updates: Sequence[StoredUpdate], *, apart: bool, sums: bool
+    ) -> None:
         self._spec, self._updates = spec, updates
         self._digests = [update.assignment.digest for update in updates]
         self._open = [self._reader(i) for i in range(min(len(updates), MOST_OPEN))]
         names = [module.name for module in spec.modules]
         self._sizes = [max(map(reader.stored_bytes, names), default=0) for reader in self._open]
         self._sizes += [0] * (len(updates) - len(self._sizes))
-        self._apart, self._own = apart, threading.local()
+        self._apart, self._sums, self._own = apart, sums, threading.local()
 
     def module(self, name: str) -> list[_Delta]:
         """What each update says of a module; valid until this thread asks for the next one."""
@@ -357,7 +368,7 @@ class _Readers:
             slot = self._own.slots[i]
             slot.holder, slot.parts = None, {}
             # Of a mean, whatever has any weight shows in the sum, which is looked at.
-            checked = self._apart or not update.weight
+            checked = not self._sums or not update.weight
             found.append(_Delta(slot, partial(self._at, i), name, kinds, kept, checked))
         return found
 

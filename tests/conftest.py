@@ -1,4 +1,4 @@
-"""What every test may ask for: the fleet of `harness.py`, and coroutines as tests."""
+"""What every test may ask for: the fleet of `harness.py`, coroutines as tests, two workers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 
 ASYNC_TEST_S = 60
+
+
+def pytest_collection_modifyitems(items):
+    """Of two workers one takes what starts a fleet: two fleets at once would starve each other."""
+    for item in items:
+        if item.get_closest_marker("e2e"):
+            item.add_marker(pytest.mark.xdist_group("fleet"))
 
 
 @pytest.hookimpl(tryfirst=True)

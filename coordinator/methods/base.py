@@ -157,15 +157,13 @@ class ModuleUpdate:
         """Rows of the slice."""
         return len(self.rows)
 
-    @cached_property
-    def start(self) -> ModuleState:
-        """The slice as it was handed out."""
-        return self.begin()
-
-    @cached_property
+    @property
     def trained(self) -> ModuleState:
-        """The slice as the device ended with it, at its own scale."""
-        return self.start.moved(self.delta)
+        """The slice as the device ended with it, at its own scale.
+
+        Made anew each time: kept for every device, these would be most of a merge's memory.
+        """
+        return self.begin().moved(self.delta)
 
     def add_change(self, totals: Mapping[Part, Matrix32 | Matrix64], factor: float) -> None:
         """Adds factor * delta to its rows of the totals of every part that it holds, in place.
@@ -198,7 +196,8 @@ class Method(ABC):
     had beside the base, to float32; at the latest from version 1 on, and while a side branch is
     within its budget. dilutes: rows that few devices hold shrink towards zero even if nobody
     changes them. streams: the merge looks at one update's values at a time, so that each may be
-    read when its turn comes and nobody's need be held.
+    read when its turn comes and nobody's need be held. stacks: so does this one, but only to copy
+    what was trained into a stack that takes the memory which others' values would.
     """
 
     name: ClassVar[str]
@@ -214,6 +213,7 @@ class Method(ABC):
     exact: ClassVar[bool] = False
     dilutes: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
     rows: RowChoice = "prefix"
     density: float = 1.0  # share of the values that travel, at most
     pruning: Pruning | None = None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
-
-import numpy as np
 
 from coordinator.lowrank import Bundle
 from coordinator.methods.base import (
@@ -37,6 +35,7 @@ class FedExLoRA(WholeMethod):
     heterogeneous: ClassVar[bool] = False
     keeps_basis: ClassVar[bool] = True  # the factors are plain means
     exact: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions) -> None:
         self.budget = options.side_rank or 4 * options.rank
@@ -48,26 +47,21 @@ class FedExLoRA(WholeMethod):
         mean = current.moved(sum_of_changes(current, updates, shares))
         if len(updates) == 1:
             return mean  # which misses nothing
-        residual = _residual(current, mean.adapter, updates, shares)
-        return dataclasses.replace(mean, side=beside(current, residual, self.budget))
+        residual = _residual(current, mean.adapter, updates)
+        rank = (len(updates) - 1) * mean.adapter.rank
+        side = beside(current, residual, shares[1:].tolist(), rank, self.budget)
+        return dataclasses.replace(mean, side=side)
 
 
 def _residual(
-    current: ModuleState, mean: Bundle, updates: Sequence[ModuleUpdate], shares: Shares
-) -> Bundle:
-    """The covariance sum p_i s (B_i - B)(A_i - A), of (U - 1) r components.
+    current: ModuleState, mean: Bundle, updates: Sequence[ModuleUpdate]
+) -> Iterator[Bundle]:
+    """Of the covariance sum p_i s (B_i - B)(A_i - A) each device's product, but the first's.
 
     The B_i - B sum to zero under p_i, so any one A may stand for the mean A: with the first
-    device's, its term is zero. Filled device by device: two more copies of all of them would be
-    most of a merge's memory.
+    device's, its term is zero.
     """
-    rank, count = mean.rank, len(updates) - 1
-    up = np.empty((count * rank, mean.up.shape[1]), np.float32)
-    down = np.empty((count * rank, mean.down.shape[1]), np.float32)
     first = today(current, updates[0])
-    for i in range(count):
-        own, rows = today(current, updates[i + 1]), slice(i * rank, (i + 1) * rank)
-        np.subtract(own.up, mean.up, out=up[rows])
-        up[rows] *= np.float32(shares[i + 1] * own.scale)
-        np.subtract(own.down, first.down, out=down[rows])
-    return Bundle(up, down, 1.0)
+    for update in updates[1:]:
+        own = today(current, update)
+        yield Bundle(own.up - mean.up, own.down - first.down, own.scale)

@@ -23,6 +23,7 @@ class FlexLoRA(WholeMethod):
         "Resources (arXiv 2402.11505)"
     )
     dilutes: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def merge(
         self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares, round_: int

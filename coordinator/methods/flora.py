@@ -14,7 +14,7 @@ from coordinator.methods.base import (
     Shares,
     WholeMethod,
 )
-from coordinator.methods.products import beside, ideal
+from coordinator.methods.products import beside
 from protos.contract import Part
 
 
@@ -36,6 +36,7 @@ class FLoRA(WholeMethod):
     scaling: ClassVar[Scaling] = "constant"
     fresh: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions) -> None:
         self.budget = options.side_rank or 4 * options.rank
@@ -48,6 +49,7 @@ class FLoRA(WholeMethod):
         self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares, round_: int
     ) -> ModuleState:
         """The side branch with the stack; the adapter stays as it started, up zero."""
-        return dataclasses.replace(
-            current, side=beside(current, ideal(updates, shares), self.budget)
-        )
+        products = (update.trained.product for update in updates)
+        rank = sum(update.k for update in updates)
+        side = beside(current, products, shares.tolist(), rank, self.budget)
+        return dataclasses.replace(current, side=side)

@@ -32,6 +32,7 @@ class FLoRIST(WholeMethod):
     )
     options: ClassVar[tuple[str, ...]] = ("energy",)
     dilutes: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def __init__(self, options: MethodOptions) -> None:
         self.energy = options.energy

@@ -7,7 +7,8 @@ factors (`means`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from coordinator.lowrank import Bundle, stack
 from coordinator.methods.base import ModuleState, ModuleUpdate, Shares
@@ -16,7 +17,8 @@ from coordinator.truncation import truncate
 
 def ideal(updates: Sequence[ModuleUpdate], shares: Shares) -> Bundle:
     """sum_i p_i s_i B_i A_i, the mean of the devices' products, as one stack at scale 1."""
-    return stack([update.trained.product for update in updates], shares.tolist())
+    rank = sum(update.k for update in updates)
+    return stack((update.trained.product for update in updates), shares.tolist(), rank)
 
 
 def factored(current: ModuleState, target: Bundle) -> ModuleState:
@@ -30,10 +32,16 @@ def factored(current: ModuleState, target: Bundle) -> ModuleState:
     return dataclasses.replace(current, adapter=best.bundle)
 
 
-def beside(current: ModuleState, more: Bundle, budget: int) -> Bundle:
-    """The side branch with `more` added, cut to its `budget` largest components beyond that.
+def beside(
+    current: ModuleState, more: Iterable[Bundle], weights: Sequence[float], rank: int, budget: int
+) -> Bundle:
+    """The side branch with sum_i weight_i * more_i added, cut to its `budget` largest components.
 
-    Its rank depends on the ranks alone, so that all modules of a version have the same.
+    rank: of all `more` together. The branch's rank depends on the ranks alone, so that all modules
+    of a version have the same.
     """
-    grown = more if current.side is None else stack([current.side, more], [1.0, 1.0])
+    side = [] if current.side is None else [current.side]
+    grown = stack(
+        chain(side, more), [1.0] * len(side) + list(weights), rank + sum(s.rank for s in side)
+    )
     return grown if grown.rank <= budget else truncate(grown, budget).bundle

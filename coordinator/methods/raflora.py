@@ -26,6 +26,7 @@ class RaFLoRA(WholeMethod):
         "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity "
         "(arXiv 2602.13486)"
     )
+    stacks: ClassVar[bool] = True
 
     def merge(
         self, current: ModuleState, updates: Sequence[ModuleUpdate], shares: Shares, round_: int

@@ -54,7 +54,7 @@ def dense_parts(method, before, updates, after, shares):
     if not method.keeps_basis or after.side is not before.side or (
         (before.core is None) != (after.core is None)
     ):  # fmt: skip
-        return [p * (u.trained.product.dense() - u.start.product.dense())
+        return [p * (u.trained.product.dense() - u.begin().product.dense())
                 for p, u in zip(shares, updates, strict=True)]  # fmt: skip
     middle_up = (before.adapter.up.astype(float) + after.adapter.up) / 2
     middle_down = (before.adapter.down.astype(float) + after.adapter.down) / 2

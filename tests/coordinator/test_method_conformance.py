@@ -274,7 +274,7 @@ def test_a_single_small_client_moves_its_own_rows_by_what_it_trained(case, versi
         update = make_update(method, spec, state, version, k=k)
         merged = method.merge_module(state, [update], version)
         shrink = k / RANK if method.scaling == "sketch" else 1.0
-        started, trained = (shrink * s.product.dense() for s in (update.start, update.trained))
+        started, trained = (shrink * s.product.dense() for s in (update.begin(), update.trained))
         wanted = trained if method.dilutes else effective(state) + trained - started
         assert_close(effective(merged), wanted, 1e-5 + math.sqrt(1 - getattr(method, "energy", 1)))
 
@@ -377,7 +377,9 @@ def test_sums_beyond_float32_are_refused(case, version):
     state = state_at(method, spec, version)
     update = make_update(method, spec, state, version)
     if method.fresh:  # nothing is there to be added to; the product of the two exceeds float32
-        update.start.adapter.down[:] = 3e38
+        begun = update.begin()
+        begun.adapter.down[:] = 3e38
+        update = dataclasses.replace(update, begin=lambda: begun)
     for part in update.delta:
         state.values(part)[:] = update.delta[part][:] = 3e38
     with pytest.raises(UpdateError):
@@ -506,7 +508,7 @@ def test_bytes_are_those_of_what_the_method_sends(case, version):
         found = [(up, len(pack(spec, up, {"m": update.delta})))]
         for file in method.files(version):
             down = Payload(k, encoding, file, method.density)
-            values = {part: update.start.values(part) for part in file}
+            values = {part: update.begin().values(part) for part in file}
             found.append((down, len(pack(spec, down, {"m": values}))))
         for payload, size in found:  # where values are left out, which ones takes some bytes
             most = packed_bytes(spec, payload)
@@ -579,7 +581,7 @@ def test_what_a_device_is_handed_is_what_the_scaling_says(case, version, rslora)
         update = make_update(method, spec, state, version, k=k)
         if method.fresh or (k < RANK and not method.heterogeneous):
             continue
-        rows, handed = update.rows, update.start.product.dense()
+        rows, handed = update.rows, update.begin().product.dense()
         keep = np.zeros((RANK, 1), np.float32)
         keep[rows] = 1
         core = state.core if state.core is None else keep.T * state.core

@@ -64,11 +64,11 @@ def update_of(
             for part in widths
         }
     lift = scale / state.adapter.scale if method.scaling == "common" else 1.0
+    down = rng.uniform(-1, 1, size=(len(rows), widths["down"])).astype(np.float32)
 
     def begin():
         if not method.fresh:
             return method.cut(state, rows, scale)
-        down = rng.uniform(-1, 1, size=(len(rows), widths["down"])).astype(np.float32)
         return ModuleState(Bundle(np.zeros((len(rows), out), np.float32), down, scale))
 
     return ModuleUpdate(device, rows, begin, delta, weight, lift)
@@ -207,7 +207,7 @@ def test_ffa_lora_averages_the_changes_of_products_exactly_whatever_the_ranks(si
         del update.delta["down"]
     merged = method.merge_module(state, fleet)
     change = sum(
-        p * (product(u) - u.start.product.dense())
+        p * (product(u) - u.begin().product.dense())
         for p, u in zip(shares_of(fleet), fleet, strict=True)
     )
     assert_close(effective(merged) - effective(state), change, 1e-4)
@@ -462,7 +462,7 @@ def test_hetlora_falls_back_to_shares_and_takes_pruned_updates():
     cut = update_of(method, state, "a", 4)
     kept = dataclasses.replace(
         cut, rows=cut.rows[:3], delta={part: v[:3] for part, v in cut.delta.items()},
-        begin=lambda: method.cut(state, np.arange(3), cut.start.adapter.scale),
+        begin=lambda: method.cut(state, np.arange(3), cut.begin().adapter.scale),
     )  # fmt: skip
     merged = method.merge_module(state, [kept])
     np.testing.assert_allclose(merged.adapter.down[:3], cut.trained.adapter.down[:3], atol=1e-6)
@@ -494,9 +494,9 @@ def test_fed_plora_devices_start_from_the_whole_model_and_rows_are_averaged_over
     for update in fleet:
         branch = method.branch(state, update.rows)
         rest = 0.0 if branch is None else branch.dense()
-        assert_close(update.start.product.dense() + rest, effective(state))
+        assert_close(update.begin().product.dense() + rest, effective(state))
         assert (branch is None) == (update.k == RANK)
-        assert update.start.adapter.scale == state.adapter.scale, "no r/k"
+        assert update.begin().adapter.scale == state.adapter.scale, "no r/k"
         side = Bundle(state.adapter.up[:3], state.adapter.down[:3], 1.0)
         beside = method.branch(dataclasses.replace(state, side=side), update.rows).dense()
         assert_close(beside, rest + side.dense())
@@ -913,7 +913,7 @@ def test_fed_sb_averages_each_entry_of_leading_blocks_over_those_who_hold_it():
         assert merged.core[i, j] == pytest.approx(state.core[i, j] + change, abs=1e-6)
     for update in fleet:  # a block is the same function at the device's own scale
         s, b, a = factors(update)
-        handed = s * b @ update.start.core.T.T @ a
+        handed = s * b @ update.begin().core.T.T @ a
         k = update.k
         whole = state.adapter.scale * (
             state.adapter.up[:k].T.astype(float) @ state.core[:k, :k] @ state.adapter.down[:k]
