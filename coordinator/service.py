@@ -6,7 +6,6 @@ with a sentence and a traceback in the log, never on the wire.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import os
@@ -16,11 +15,12 @@ from typing import Any, TypeVar
 
 import grpc
 
+from coordinator.arriving import Arriving
 from coordinator.engine import Engine, Task
 from coordinator.enrolment import Enrolment
 from coordinator.store.blobs import UnknownBlobError
 from profiles.device import DeviceProfile
-from protos.chunk import Chunk, chunk_message, read_chunk
+from protos.chunk import Chunk, messages_of_file, read_chunk
 from protos.contract import (
     ContractError,
     LocalReport,
@@ -36,12 +36,9 @@ from protos.status import status_of
 from protos.transfer import (
     CHUNK_BYTES,
     FIRST_CHUNK_BYTES,
-    LARGE_CHUNK_BYTES,
     LEAST_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     ChunkSize,
-    checksum_of,
-    chunks,
 )
 
 log = logging.getLogger("sketchfleet.coordinator")
@@ -55,6 +52,7 @@ Handler = Callable[[Any, Any, Any], Awaitable[R]]
 SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.max_frame_size", MAX_MESSAGE_BYTES),  # a chunk in one frame, not in 32
     ("grpc.max_concurrent_streams", 64),
     ("grpc.keepalive_time_ms", 300_000),
     ("grpc.keepalive_timeout_ms", 60_000),  # TCP's too: outlives a link's outage
@@ -221,13 +219,14 @@ class TransferService(_Authenticated):
         wanted = request.chunk_bytes
         most, first = (2 * wanted, wanted) if wanted > 0 else (CHUNK_BYTES, FIRST_CHUNK_BYTES)
         size = ChunkSize(max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, most)), first)
-        for offset, data in chunks(path, max(0, request.offset), size):
-            yield chunk_message(Chunk(offset, data, checksum_of(data)))
+        for message in messages_of_file(path, max(0, request.offset), size):
+            yield message
 
     async def Push(  # noqa: N802
         self, request_iterator: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[Any]:
         """Takes an update: declared, chunk by chunk, accepted."""
+        arriving: Arriving | None = None
         try:
             device_id = self._device(context)
             first = await anext(aiter(request_iterator), None)
@@ -238,22 +237,27 @@ class TransferService(_Authenticated):
                 device_id, update.assignment_id, update.digest, update.size_bytes
             )
             yield pb.PushResponse(durable_bytes=durable, chunk_bytes=CHUNK_BYTES)
+
+            def put(chunk: Chunk) -> int:
+                return self._engine.put_chunk(
+                    device_id, upload_id, chunk.offset, chunk.data, chunk.crc32
+                )
+
+            arriving = Arriving(put, durable)
             async for chunk in request_iterator:
                 if not isinstance(chunk, Chunk):
                     raise ContractError("a push brings one update; begin another for the next")
-                durable = await self._put(device_id, upload_id, chunk)
+                await arriving.take(chunk)
                 if chunk.acknowledge:
-                    yield pb.PushResponse(durable_bytes=durable)
+                    yield pb.PushResponse(durable_bytes=await arriving.written())
+            await arriving.written()
             receipt, outcome = await self._engine.commit_push(device_id, upload_id)
             yield pb.PushResponse(receipt=receipt, outcome=outcome)
         except Exception as error:  # noqa: BLE001 - the rim: everything becomes a status
             await _refuse(context, error)
-
-    async def _put(self, device_id: str, upload_id: str, chunk: Chunk) -> int:
-        put = functools.partial(
-            self._engine.put_chunk, device_id, upload_id, chunk.offset, chunk.data, chunk.crc32
-        )
-        return await asyncio.to_thread(put) if len(chunk.data) >= LARGE_CHUNK_BYTES else put()
+        finally:
+            if arriving is not None:
+                arriving.leave()
 
 
 def _push_request(message: bytes) -> Any:
