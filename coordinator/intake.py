@@ -42,6 +42,15 @@ class Accepted:
     reported: bool = False
 
 
+@dataclass(frozen=True)
+class _Growing:
+    """An upload under way. `recorded`: its row is on disk."""
+
+    record: AssignmentRecord
+    upload: UploadRecord
+    recorded: asyncio.Future[None]
+
+
 class Intake:
     """One run's uploads. Call from one event loop; `too_late` says why an update comes in vain."""
 
@@ -61,7 +70,7 @@ class Intake:
         # Told of another update (digest) for an assignment that a first one has answered.
         self.second: Callable[[Assignment, str, str], None] = lambda task, first, other: None
         # Uploads that are growing, with what they answer: no query for each chunk.
-        self._growing: dict[str, tuple[AssignmentRecord, UploadRecord]] = {}
+        self._growing: dict[str, _Growing] = {}
         self._open: dict[str, str] = {}  # by assignment, the upload that counts
         self._committing: dict[str, asyncio.Future[Accepted]] = {}
         self._writes = GroupCommit(records)
@@ -71,8 +80,30 @@ class Intake:
         self, device_id: str, assignment_id: str, digest: str, size_bytes: int
     ) -> tuple[str, int]:
         """(upload id, bytes already held). Raises `RefusalError` before any byte is taken."""
-        record = self.own(device_id, assignment_id)
-        assignment = record.assignment
+        upload_id = hashlib.sha256(f"{assignment_id}\0{digest}".encode()).hexdigest()[:32]
+        upload = UploadRecord(upload_id, assignment_id, digest, size_bytes)
+        # Beside the event loop: each look at the disk would hold up all other pushes.
+        loop = asyncio.get_running_loop()
+        record, held = await loop.run_in_executor(self._threads, self._admit, device_id, upload)
+        self._refuse_second(record.assignment, record.update_digest, digest)
+        other = self._open.get(assignment_id, upload_id)
+        if other != upload_id:  # one open upload per assignment
+            self._blobs.discard(other)
+            self._growing.pop(other, None)
+        if record.update_digest is None:
+            self._room.require(size_bytes + self._due_bytes())
+        self._open[assignment_id] = upload_id
+        # Nobody waits for it but the commit: a crash before costs the bytes of a moment.
+        recorded = asyncio.ensure_future(
+            self._writes.write(lambda: self._records.put_upload(upload))
+        )
+        self._growing[upload_id] = _Growing(record, upload, recorded)
+        return upload_id, held
+
+    def _admit(self, device_id: str, upload: UploadRecord) -> tuple[AssignmentRecord, int]:
+        """What an upload is for, and how many of its bytes are held. Raises `RefusalError`."""
+        record = self.own(device_id, upload.assignment_id)
+        assignment, size_bytes = record.assignment, upload.size_bytes
         most, fixed = most_update_bytes(self._spec, assignment)
         if size_bytes > most or size_bytes < (most if fixed else HEADER_BYTES):
             raise RefusalError(
@@ -83,22 +114,11 @@ class Intake:
             )
         if record.update_digest is None:
             self._refuse_too_late(assignment)
-        self._refuse_second(assignment, record.update_digest, digest)
-        upload_id = hashlib.sha256(f"{assignment_id}\0{digest}".encode()).hexdigest()[:32]
-        other = self._open.get(assignment_id, upload_id)
-        if other != upload_id:  # one open upload per assignment
-            self._blobs.discard(other)
-            self._growing.pop(other, None)
-        if record.update_digest is None:
-            self._room.require(size_bytes + self._due_bytes())
-        upload = UploadRecord(upload_id, assignment_id, digest, size_bytes)
-        self._open[assignment_id] = upload_id
-        self._growing[upload_id] = (record, upload)
-        await self._writes.write(lambda: self._records.put_upload(upload))
-        if record.update_digest == digest or self._blobs.holds(digest):
-            return upload_id, size_bytes
-        self._upload(device_id, upload_id)  # while it was written, another may have taken its place
-        return upload_id, self._blobs.part(upload_id, size_bytes).length
+        if record.update_digest not in (None, upload.digest):
+            return record, 0
+        if record.update_digest == upload.digest or self._blobs.holds(upload.digest):
+            return record, size_bytes
+        return record, self._blobs.part(upload.upload_id, size_bytes).length
 
     def put(
         self, device_id: str, upload_id: str, offset: int, data: Buffer, checksum: int | None
@@ -107,7 +127,7 @@ class Intake:
 
         May be called from any thread once the upload has begun here.
         """
-        _, upload = self._upload(device_id, upload_id)
+        upload = self._upload(device_id, upload_id).upload
         self._traffic.take(device_id, upload.assignment_id, upload.size_bytes, len(data))
         self._room.require(len(data))
         try:
@@ -126,10 +146,10 @@ class Intake:
         """
         if upload_id not in self._growing and (receipt := self._accepted(device_id, upload_id)):
             return receipt  # another stream of this device brought it to its end meanwhile
-        record, upload = self._upload(device_id, upload_id)
+        growing = self._upload(device_id, upload_id)
         going_on = self._committing.get(upload_id)
-        if going_on is None and record.update_digest is None:
-            self._refuse_incomplete(upload)
+        if going_on is None and growing.record.update_digest is None:
+            self._refuse_incomplete(growing.upload)
         if going_on is None:
             going_on = asyncio.ensure_future(self._commit(device_id, upload_id))
             self._committing[upload_id] = going_on
@@ -137,7 +157,8 @@ class Intake:
         return await asyncio.shield(going_on)
 
     async def _commit(self, device_id: str, upload_id: str) -> Accepted:
-        record, upload = self._upload(device_id, upload_id)
+        growing = self._upload(device_id, upload_id)
+        record, upload = growing.record, growing.upload
         assignment, digest = record.assignment, upload.digest
         if record.update_digest is not None:
             self._forget(upload)
@@ -145,6 +166,7 @@ class Intake:
         self._refuse_too_late(assignment)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._keep, upload, assignment)
+        await growing.recorded
         faults.point("upload.kept")
         standing, new, reported = await self._writes.write(
             lambda: self._records.put_update(
@@ -173,9 +195,9 @@ class Intake:
     def _due_bytes(self) -> int:
         """What uploads under way have still to bring."""
         return sum(
-            upload.size_bytes - self._blobs.held(upload.upload_id)
-            for _, upload in self._growing.values()
-            if not self._blobs.holds(upload.digest)
+            u.upload.size_bytes - self._blobs.held(u.upload.upload_id)
+            for u in self._growing.values()
+            if not self._blobs.holds(u.upload.digest)
         )
 
     def _forget(self, upload: UploadRecord) -> None:
@@ -204,9 +226,9 @@ class Intake:
             elif upload is not None:
                 self._open[upload.assignment_id] = upload_id
 
-    def _upload(self, device_id: str, upload_id: str) -> tuple[AssignmentRecord, UploadRecord]:
+    def _upload(self, device_id: str, upload_id: str) -> _Growing:
         found = self._growing.get(upload_id)
-        if found is None or found[0].assignment.device_id != device_id:
+        if found is None or found.record.assignment.device_id != device_id:
             raise RefusalError(Reason.UNKNOWN_UPLOAD, "no such upload; begin the push again")
         return found
 

@@ -6,7 +6,6 @@ with a sentence and a traceback in the log, never on the wire.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from coordinator.arriving import Arriving
 from coordinator.callers import Callers, Guard, device_of_call
 from coordinator.connections import room_for_connections
 from coordinator.engine import Engine, Task
@@ -23,7 +23,7 @@ from coordinator.plausible import require_plausible, require_plausible_report
 from coordinator.store.blobs import UnknownBlobError
 from coordinator.throttle import Throttle
 from profiles.device import DeviceProfile
-from protos.chunk import Chunk, chunk_message, read_chunk
+from protos.chunk import Chunk, messages_of_file, read_chunk
 from protos.contract import (
     ContractError,
     LocalReport,
@@ -39,12 +39,9 @@ from protos.status import status_of
 from protos.transfer import (
     CHUNK_BYTES,
     FIRST_CHUNK_BYTES,
-    LARGE_CHUNK_BYTES,
     LEAST_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     ChunkSize,
-    checksum_of,
-    chunks,
 )
 
 log = logging.getLogger("sketchfleet.coordinator")
@@ -58,6 +55,7 @@ Handler = Callable[[Any, Any, Any], Awaitable[R]]
 SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.max_frame_size", MAX_MESSAGE_BYTES),  # a chunk in one frame, not in 32
     ("grpc.max_concurrent_streams", 32),
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_connection_idle_ms", 600_000),
@@ -199,14 +197,15 @@ class TransferService:
         most, first = (2 * wanted, wanted) if wanted > 0 else (CHUNK_BYTES, FIRST_CHUNK_BYTES)
         size = ChunkSize(max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, most)), first)
         device_id, size_bytes = device_of_call(), path.stat().st_size
-        for offset, data in chunks(path, max(0, request.offset), size):
-            self._engine.traffic.take(device_id, request.digest, size_bytes, len(data))
-            yield chunk_message(Chunk(offset, data, checksum_of(data)))
+        for message in messages_of_file(path, max(0, request.offset), size):
+            self._engine.traffic.take(device_id, request.digest, size_bytes, len(message))
+            yield message
 
     async def Push(  # noqa: N802
         self, request_iterator: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[Any]:
         """Takes an update: declared, chunk by chunk, accepted."""
+        arriving: Arriving | None = None
         try:
             device_id = device_of_call()
             first = await anext(aiter(request_iterator), None)
@@ -217,22 +216,27 @@ class TransferService:
                 device_id, update.assignment_id, update.digest, update.size_bytes
             )
             yield pb.PushResponse(durable_bytes=durable, chunk_bytes=CHUNK_BYTES)
+
+            def put(chunk: Chunk) -> int:
+                return self._engine.put_chunk(
+                    device_id, upload_id, chunk.offset, chunk.data, chunk.crc32
+                )
+
+            arriving = Arriving(put, durable)
             async for chunk in request_iterator:
                 if not isinstance(chunk, Chunk):
                     raise ContractError("a push brings one update; begin another for the next")
-                durable = await self._put(device_id, upload_id, chunk)
+                await arriving.take(chunk)
                 if chunk.acknowledge:
-                    yield pb.PushResponse(durable_bytes=durable)
+                    yield pb.PushResponse(durable_bytes=await arriving.written())
+            await arriving.written()
             receipt, outcome = await self._engine.commit_push(device_id, upload_id)
             yield pb.PushResponse(receipt=receipt, outcome=outcome)
         except Exception as error:  # noqa: BLE001 - the rim: everything becomes a status
             await refuse(context, error)
-
-    async def _put(self, device_id: str, upload_id: str, chunk: Chunk) -> int:
-        put = functools.partial(
-            self._engine.put_chunk, device_id, upload_id, chunk.offset, chunk.data, chunk.crc32
-        )
-        return await asyncio.to_thread(put) if len(chunk.data) >= LARGE_CHUNK_BYTES else put()
+        finally:
+            if arriving is not None:
+                arriving.leave()
 
 
 def _refuse_foreign(assignment_id: str, device_id: str) -> None:

@@ -26,7 +26,7 @@ from edge_agent.push_stream import STALL_S, PushStream
 from profiles.device import DeviceProfile
 from profiles.errors import SketchfleetError
 from profiles.link import LinkProfile
-from protos.chunk import Chunk, read_chunk
+from protos.chunk import read_chunk
 from protos.contract import BlobRef, LocalReport, Progress, Reason, to_message
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.sketchfleet.v1 import fleet_pb2_grpc as rpc
@@ -35,7 +35,6 @@ from protos.transfer import (
     CHUNK_BYTES,
     CHUNK_S,
     FIRST_CHUNK_BYTES,
-    LARGE_CHUNK_BYTES,
     LEAST_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     ChunkSize,
@@ -73,6 +72,7 @@ _OPTIONS = [
 # one that tries again ever more rarely.
 _CONTROL_OPTIONS = [("grpc.keepalive_timeout_ms", 10_000)]
 _BULK_OPTIONS = [
+    ("grpc.http2.max_frame_size", MAX_MESSAGE_BYTES),  # a chunk in one frame, not in 32
     # A connection outlives an outage, so that what it holds need not be sent again. A ping's answer
     # waits behind all that: at gRPC's minute for it, slow downloads ended after every outage.
     ("grpc.keepalive_timeout_ms", 60_000),
@@ -292,7 +292,8 @@ class Link:
                     if (chunk := read_chunk(message)) is None:
                         raise TransferError("the coordinator sent what is no chunk")
                     latest, silent_s = len(chunk.data), SILENT_S
-                    await self._write(part, chunk)
+                    # Hashed and written here: a hop to a thread takes longer.
+                    part.write(chunk.offset, chunk.data, chunk.crc32)
                     reached = part.length
                     self.fetched_bytes += latest
                     self._count(latest, calls=0)
@@ -360,13 +361,6 @@ class Link:
                 self._tell(stretch)
 
         return await self._resume(attempt, lambda: held)
-
-    async def _write(self, part: PartFile, chunk: Chunk) -> None:
-        """Large chunks are hashed and written beside the event loop."""
-        if len(chunk.data) >= LARGE_CHUNK_BYTES:
-            await asyncio.to_thread(part.write, chunk.offset, chunk.data, chunk.crc32)
-        else:
-            part.write(chunk.offset, chunk.data, chunk.crc32)
 
     def _chunk_size(self, direction: Direction) -> ChunkSize:
         """Chunks to begin with: as the link carried last, and as it may carry."""

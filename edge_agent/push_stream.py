@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 
 from edge_agent.pace import Pace
-from protos.chunk import Chunk, chunk_message
+from protos.chunk import Chunk, chunk_message, message_of_file
 from protos.sketchfleet.v1 import fleet_pb2 as pb
-from protos.transfer import CHUNK_BYTES, CHUNK_S, ChunkSize, TransferError, checksum_of
+from protos.transfer import CHUNK_BYTES, CHUNK_S, ChunkSize, TransferError
 
 # Without a byte, an attempt is given up and begun again where it stands. Until then TCP has tried
 # seven times, 38 s the latest; the next time would be as long after that.
@@ -104,21 +104,21 @@ class PushStream:
         asked, asked_at = offset, time.monotonic()
         size_bytes = path.stat().st_size
         with path.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            while data := stream.read(self._size.bytes):
-                await self._pace.take("up", len(data))
-                now, end = time.monotonic(), self.sent + len(data)
+            while (length := min(self._size.bytes, size_bytes - self.sent)) > 0:
+                await self._pace.take("up", length)
+                now, end = time.monotonic(), self.sent + length
                 ask = (
-                    end == size_bytes
+                    # Of little, the receipt tells as soon.
+                    (end == size_bytes and asked > offset)
                     or end - asked >= self._window // 2
                     or now - asked_at > ACKNOWLEDGE_S
                 )
                 if ask:
                     asked, asked_at = end, now
-                chunk = Chunk(self.sent, data, checksum_of(data), ask)
-                await self._within(self._call.write(chunk_message(chunk)))
+                message = message_of_file(stream.fileno(), self.sent, length, acknowledge=ask)
+                await self._within(self._call.write(message))
                 self.sent = end
-                self._count(len(data))
+                self._count(length)
                 while self.sent - self._acknowledged >= self._window:
                     if asked < self.sent:  # the window became smaller since
                         asked = self.sent

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +22,7 @@ LARGE_CHUNK_BYTES = 128 * 1024  # hashed and written beside an event loop, and n
 MAX_MESSAGE_BYTES = 1 << 20
 
 
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 class TransferError(SketchfleetError):
@@ -73,17 +71,6 @@ class ChunkSize:
         wanted = int(size_bytes * CHUNK_S / max(seconds, 1e-6))
         near = min(2 * self.bytes, max(self.bytes // 2, wanted))
         self.bytes = min(self.most_bytes, max(LEAST_CHUNK_BYTES, near))
-
-
-def chunks(path: Path, offset: int, size: ChunkSize) -> Iterator[tuple[int, bytes]]:
-    """(offset, data) of a file from `offset` on; tells `size` how long each was held up."""
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        while data := stream.read(size.bytes):
-            begun = time.monotonic()
-            yield offset, data
-            size.took(len(data), time.monotonic() - begun)
-            offset += len(data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import math
 import time
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -18,7 +18,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.membership import MembershipError
 from edge_agent.pace import Pace
-from protos.chunk import Chunk, chunk_message
+from protos.chunk import Chunk, chunk_message, read_chunk
 from protos.contract import BlobRef, LocalReport, Payload, Reason
 from protos.layout import packed_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -70,6 +70,17 @@ def note_chunks(fleet, then=lambda: None):
 
     engine.put_chunk = noting
     return taken
+
+
+def damage_third_chunk(monkeypatch, damaged):
+    """The third message that a push reads from its file is another chunk."""
+    real, calls = push_stream.message_of_file, iter(range(10**6))
+
+    def damaging(*args, **keywords):
+        message = real(*args, **keywords)
+        return chunk_message(damaged(read_chunk(message))) if next(calls) == 2 else message
+
+    monkeypatch.setattr(push_stream, "message_of_file", damaging)
 
 
 # --- pushing ------------------------------------------------------------------------------------
@@ -175,10 +186,7 @@ async def test_a_chunk_with_a_wrong_checksum_is_refused_and_the_push_goes_on(har
 async def test_a_chunk_damaged_on_the_way_is_sent_again(harness, tmp_path, impatient, monkeypatch):
     async with harness.fleet(tmp_path, **large(harness)) as fleet:
         device, _, a, update = await trained(fleet)
-        calls = iter(range(10**6))
-        monkeypatch.setattr(
-            push_stream, "checksum_of", lambda data: crc32(data) ^ (next(calls) == 2)
-        )
+        damage_third_chunk(monkeypatch, lambda c: replace(c, crc32=crc32(c.data) ^ 1))
         assert (await device.push(a, update))[1] == "accepted"
         assert device.link.resumes == 1
         assert fleet.coordinator.assignment(0, "ash").update_digest is not None
@@ -247,15 +255,7 @@ async def test_a_push_whose_bytes_were_damaged_unseen_is_sent_again_and_counted(
     """Large chunks carry no checksum: the digest of the whole tells."""
     async with harness.fleet(tmp_path, **large(harness)) as fleet:
         device, _, a, update = await trained(fleet)
-        real, calls = push_stream.chunk_message, iter(range(10**6))
-        monkeypatch.setattr(push_stream, "checksum_of", lambda data: None)
-
-        def damaging(chunk):
-            if next(calls) == 2:
-                chunk = dataclasses.replace(chunk, data=bytes(len(chunk.data)))
-            return real(chunk)
-
-        monkeypatch.setattr(push_stream, "chunk_message", damaging)
+        damage_third_chunk(monkeypatch, lambda c: replace(c, data=bytes(len(c.data)), crc32=None))
         assert (await device.push(a, update))[1] == "accepted"
         assert device.link.resent_bytes == update.stat().st_size
 
@@ -302,13 +302,13 @@ def note_fetches(monkeypatch):
     """Offsets from which the coordinator sends blobs."""
     from coordinator import service
 
-    real, offsets = service.chunks, []
+    real, offsets = service.messages_of_file, []
 
     def noting(path, offset, size):
         offsets.append(offset)
         return real(path, offset, size)
 
-    monkeypatch.setattr(service, "chunks", noting)
+    monkeypatch.setattr(service, "messages_of_file", noting)
     return offsets
 
 
@@ -338,7 +338,7 @@ async def test_a_fetch_goes_on_after_the_coordinator_died(
 
         device = fleet["ash"]
         slice_ = await one_slice(device)
-        real, offsets, halfway = service.chunks, [], asyncio.Event()
+        real, offsets, halfway = service.messages_of_file, [], asyncio.Event()
 
         def breaking(path, offset, size):
             offsets.append(offset)
@@ -348,7 +348,7 @@ async def test_a_fetch_goes_on_after_the_coordinator_died(
                     raise ConnectionResetError
                 yield piece
 
-        monkeypatch.setattr(service, "chunks", breaking)
+        monkeypatch.setattr(service, "messages_of_file", breaking)
         fetching = asyncio.create_task(device.link.fetch(slice_, tmp_path))
         await asyncio.wait_for(halfway.wait(), 10)
         await fleet.restart()

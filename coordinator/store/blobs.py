@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import uuid
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class BlobStore:
         make_folder(root / "uploads")
         make_folder(root / "drafts")
         self._parts: dict[str, PartFile] = {}
+        self._opening = threading.Lock()
 
     def path(self, digest: str) -> Path:
         """Where the blob lies. Raises `UnknownBlobError`."""
@@ -84,12 +86,13 @@ class BlobStore:
         self._place(digest).unlink(missing_ok=True)
 
     def part(self, upload_id: str, size_bytes: int) -> PartFile:
-        """The growing file of an upload; survives a restart of this process."""
-        part = self._parts.get(upload_id)
-        if part is None or part.size_bytes != size_bytes:
-            part = PartFile(self.root / "uploads" / upload_id, size_bytes)
-            self._parts[upload_id] = part
-        return part
+        """The growing file of an upload; survives a restart of this process. From any thread."""
+        with self._opening:
+            part = self._parts.get(upload_id)
+            if part is None or part.size_bytes != size_bytes:
+                part = PartFile(self.root / "uploads" / upload_id, size_bytes)
+                self._parts[upload_id] = part
+            return part
 
     def held(self, upload_id: str) -> int:
         """Bytes that an upload has brought, of those that this process began."""

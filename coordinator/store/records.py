@@ -49,6 +49,18 @@ from protos.contract import (
 NONE_GIVEN: Mapping[str, Contribution] = MappingProxyType({})
 
 
+# What every push runs, made once: to make one takes longer than to run it.
+_ASKED = assignments.c.assignment_id == sql.bindparam("asked")
+_ONE_ASSIGNMENT = assignments.select().where(_ASKED)
+_STANDING = sql.select(assignments.c.update_digest, assignments.c.report.is_not(None)).where(_ASKED)
+_KEEP_UPDATE = (
+    assignments.update().where(_ASKED).where(assignments.c.update_digest.is_(None))
+    .values(update_digest=sql.bindparam("digest"), update_bytes=sql.bindparam("size_bytes"),
+            received_at=sql.bindparam("at"))
+)  # fmt: skip
+_KEEP_UPLOAD = insert(uploads).on_conflict_do_nothing()
+
+
 class Records(Transactions):
     """Typed access to the tables. Each public method is one transaction."""
 
@@ -242,9 +254,7 @@ class Records(Transactions):
     def assignment(self, assignment_id: str) -> AssignmentRecord | None:
         """One assignment."""
         with self.transaction() as db:
-            row = db.execute(
-                assignments.select().where(assignments.c.assignment_id == assignment_id)
-            ).one_or_none()
+            row = db.execute(_ONE_ASSIGNMENT, {"asked": assignment_id}).one_or_none()
         return None if row is None else read_assignment(row)
 
     def put_report(self, report: LocalReport) -> None:
@@ -267,15 +277,10 @@ class Records(Transactions):
         """
         with self.transaction() as db:
             kept = db.execute(
-                assignments.update()
-                .where(assignments.c.assignment_id == assignment_id)
-                .where(assignments.c.update_digest.is_(None))
-                .values(update_digest=digest, update_bytes=size_bytes, received_at=at)
+                _KEEP_UPDATE,
+                {"asked": assignment_id, "digest": digest, "size_bytes": size_bytes, "at": at},
             )
-            standing, reported = db.execute(
-                sql.select(assignments.c.update_digest, assignments.c.report.is_not(None))
-                .where(assignments.c.assignment_id == assignment_id)
-            ).one()  # fmt: skip
+            standing, reported = db.execute(_STANDING, {"asked": assignment_id}).one()
             return str(standing), bool(kept.rowcount), bool(reported)
 
     def ask_again(self, assignment_id: str) -> None:
@@ -315,14 +320,10 @@ class Records(Transactions):
     def put_upload(self, upload: UploadRecord) -> None:
         """Remembers an upload; repeating it changes nothing."""
         with self.transaction() as db:
-            db.execute(
-                insert(uploads)
-                .values(
-                    upload_id=upload.upload_id, assignment_id=upload.assignment_id,
-                    digest=upload.digest, size_bytes=upload.size_bytes,
-                )
-                .on_conflict_do_nothing()
-            )  # fmt: skip
+            db.execute(_KEEP_UPLOAD, {
+                "upload_id": upload.upload_id, "assignment_id": upload.assignment_id,
+                "digest": upload.digest, "size_bytes": upload.size_bytes,
+            })  # fmt: skip
 
     def upload(self, upload_id: str) -> UploadRecord | None:
         """One upload."""

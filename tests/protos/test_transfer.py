@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos import transfer
-from protos.chunk import Chunk, chunk_message, read_chunk
+from protos.chunk import Chunk, chunk_message, message_of_file, messages_of_file, read_chunk
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.transfer import (
     CHUNK_BYTES,
@@ -31,7 +31,6 @@ from protos.transfer import (
     PartFile,
     TransferError,
     checksum_of,
-    chunks,
     crc32,
     sha256_of,
     write_durably,
@@ -129,8 +128,9 @@ def test_a_part_file_resumes_at_any_byte_after_a_restart(tmp_path, held):
     source.write_bytes(data)
     part = PartFile(tmp_path / "x.part", len(data))
     assert part.length == held
-    for offset, piece in chunks(source, part.length, ChunkSize(CHUNK)):
-        part.write(offset, piece, crc32(piece))
+    for message in messages_of_file(source, part.length, ChunkSize(CHUNK)):
+        chunk = read_chunk(message)
+        part.write(chunk.offset, chunk.data, chunk.crc32)
     part.finish(digest_of(data), tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == data
     assert not (tmp_path / "x.part").exists()
@@ -270,10 +270,23 @@ def test_chunks_cover_the_file_from_any_offset(tmp_path):
     data = make_data(3 * CHUNK + 1)
     (tmp_path / "x").write_bytes(data)
     for offset in range(len(data) + 2):
-        pieces = list(chunks(tmp_path / "x", offset, ChunkSize(CHUNK)))
-        assert b"".join(piece for _, piece in pieces) == data[offset:]
-        assert all(piece == data[at : at + len(piece)] for at, piece in pieces)
+        pieces = [read_chunk(m) for m in messages_of_file(tmp_path / "x", offset, ChunkSize(CHUNK))]
+        assert b"".join(piece.data for piece in pieces) == data[offset:]
+        assert all(p.data == data[p.offset : p.offset + len(p.data)] for p in pieces)
     assert sha256_of(tmp_path / "x") == digest_of(data)
+
+
+@pytest.mark.parametrize("size", [1, 1000, LARGE_CHUNK_BYTES - 1, LARGE_CHUNK_BYTES, CHUNK_BYTES])
+@pytest.mark.parametrize("acknowledge", [False, True])
+def test_a_message_read_from_a_file_is_that_of_its_chunk(tmp_path, size, acknowledge):
+    data = os.urandom(CHUNK_BYTES + 7)
+    (tmp_path / "x").write_bytes(data)
+    with (tmp_path / "x").open("rb") as stream:
+        message = message_of_file(stream.fileno(), 7, size, acknowledge=acknowledge)
+        with pytest.raises(EOFError, match="was cut while in use"):
+            message_of_file(stream.fileno(), len(data) - size + 1, size)
+    piece = data[7 : 7 + size]
+    assert message == chunk_message(Chunk(7, piece, checksum_of(piece), acknowledge))
 
 
 def test_messages_with_a_whole_chunk_stay_far_below_the_limit():

@@ -24,6 +24,7 @@ from trials.simulated_bench import SharedBench
 from trials.simulated_types import Measured, Sending
 from trials.simulation import Simulation
 from trials.study.engine import Told, Workers, claim, write_whole
+from trials.study.playing import trusting
 from trials.study.rank_shift_settings import RankShiftSettings, TaskSection, base_of
 from trials.study.settings import StudyError
 from trials.study.shifted_data import Pool, code_pool, labelled_pool, shifted_fleet
@@ -141,7 +142,7 @@ class ShiftPlayer:
         pool, place = self._pool(run), self._scratch / f"alpha-{run.alpha:g}-seed-{run.seed}"
         fleet = shifted_fleet(pool, [run.examples] * len(run.ranks), run.alpha, run.seed, place)
         names = [device.name for device in fleet.devices]
-        config = RunConfig.model_validate(run.sections)
+        config = RunConfig.model_validate(trusting(run.sections))
         sendings = {name: Sending(rank=k) for name, k in zip(names, run.ranks, strict=True)}
         simulation = Simulation(
             config, Path(config.model.base), [*fleet.devices, *fleet.probes], self._bench,
