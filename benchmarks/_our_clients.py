@@ -25,7 +25,7 @@ from protos.packing import pack
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 
 
-def _update(spec: AdapterSpec, task: Assignment) -> bytes:
+def make_update(spec: AdapterSpec, task: Assignment) -> bytes:
     """Any values do; every device sends other ones."""
     draw = np.random.default_rng(task.seed)
     k = task.rank
@@ -92,7 +92,7 @@ async def join(address: str, words: str, name: str, folder: Path) -> Joined:
     task = from_message(answer.assignment, Assignment)
     own = folder / task.device_id
     own.mkdir()
-    data = _update(spec, task)
+    data = make_update(spec, task)
     (own / "update").write_bytes(data)
     return Joined(link, task, own / "update", hashlib.sha256(data).hexdigest(), own, shown)
 

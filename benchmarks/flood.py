@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks._our_clients import make_update
 from benchmarks.exchange import fake_base, profile
-from benchmarks.transfer import _update
 from edge_agent.link import Link
 from protos.contract import AdapterSpec, Assignment, LocalReport, from_message
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -75,7 +75,7 @@ async def take_part(link: Link, folder: Path, rounds: Rounds) -> None:
             await link.fetch(blob, folder)
         await asyncio.sleep(TRAIN_S)
         update = folder / "update"
-        update.write_bytes(_update(spec, task))
+        update.write_bytes(make_update(spec, task))
         await link.push(task.assignment_id, sha256_of(update), update)
         await link.report(LocalReport(task.assignment_id, "done", train_examples=1), 60)
 

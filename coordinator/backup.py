@@ -166,7 +166,8 @@ def _needed(records: Records) -> set[str]:
         if history and run.finished_at is None and history[-1].phase != "merged":
             for record in records.assignments(run.run_id, history[-1].round):
                 needed |= {blob.digest for blob in record.assignment.blobs}
-                needed |= {record.update_digest} - {None}
+                if record.update_digest is not None:
+                    needed.add(record.update_digest)
     return needed
 
 

@@ -10,36 +10,32 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from coordinator import rounds
 from coordinator.audit import Audit
+from coordinator.closing import Closer
 from coordinator.config import RunConfig
 from coordinator.grants import names_blob
 from coordinator.intake import Intake
 from coordinator.issuing import Issuer, Recorded
-from coordinator.ledger_types import Contribution
 from coordinator.limits import Traffic, Watermark
-from coordinator.mending import DamagedError, Mender, read_by_merge, require_sound
-from coordinator.merge import Merger, MergeResult, StoredUpdate
+from coordinator.mending import DamagedError, Mender, require_sound
+from coordinator.plausible import require_report_fits
 from coordinator.restore import rebuilt
-from coordinator.screened_rounds import ScreenedRounds, facts_of, kept_out
-from coordinator.state import StateFile, write_initial
+from coordinator.screened_rounds import ScreenedRounds
+from coordinator.state import write_initial
 from coordinator.store.blobs import BlobStore, UnknownBlobError
 from coordinator.store.records import Records
-from coordinator.store.rows import AssignmentRecord
-from coordinator.weights import Voice
 from profiles.device import DeviceProfile
 from profiles.model import ModelShape
 from protos import faults
 from protos.contract import (
-    MOST_EXAMPLES,
     AdapterSpec,
     Assignment,
-    BlobRef,
     LocalReport,
     ProfileRequest,
     Progress,
@@ -84,7 +80,6 @@ class Engine:
         self.config, self.spec, self.shape = config, spec, shape
         self._records, self._blobs, self._clock = records, blobs, clock
         self._method = config.make_method()
-        self._weights = config.make_weight_rule()
         self._policy = rounds.RoundPolicy(
             rounds=config.run.rounds,
             min_devices=config.round.min_devices,
@@ -110,11 +105,10 @@ class Engine:
             config, spec, shape, records, blobs,
             method=self._method, recorded=recorded, clock=clock,
         )  # fmt: skip
-        self._merger = Merger(
-            spec, self._method, config.make_server_optimizer(), self._issuer.model,
-            lambda role: blobs.draft(), config.make_robust(),
-        )  # fmt: skip
         self._screening = ScreenedRounds(config, spec, self._method, records, blobs, clock)
+        self._closer = Closer(
+            config, spec, self._method, records, blobs, self._issuer, self._screening, clock
+        )
         self._audit = Audit(records)
         self.traffic = Traffic(config.limits.mb_per_day, clock)
         room = Watermark(blobs.root, config.limits.disk_share)
@@ -133,7 +127,7 @@ class Engine:
         if record is None:
             initial = write_initial(self.spec, self._method, lambda role: self._blobs.draft())
             self._records.add_run(
-                self.spec, self.config.model_dump(mode="json"), self._kept(initial), now
+                self.spec, self.config.model_dump(mode="json"), self._closer.kept(initial), now
             )
             return rounds.RunState()
         if record.spec.digest != self.spec.digest:
@@ -152,7 +146,7 @@ class Engine:
         for device in self._records.all_devices():
             if device.profile is not None:
                 self._profiles[device.device_id] = device.profile
-        Mender(run_id, self._records, self._blobs, self._issuer, self._merged_again).mend()
+        Mender(run_id, self._records, self._blobs, self._issuer, self._closer.merged_again).mend()
         history = self._records.all_rounds(run_id)
         given = self._records.assignments(run_id)
         state = rebuilt(history, given, self._policy, now - record.alive_at)
@@ -296,122 +290,11 @@ class Engine:
         log.info("round opened", extra={"round": effect.round, "devices": len(planned),
                                         "round_s": round(plan.round_s, 1)})  # fmt: skip
 
-    # --- merging --------------------------------------------------------------------------------
-
     async def _close(self, effect: rounds.CloseRound) -> None:
-        """Merges what a closed round holds; repeatable after a crash from the same bytes."""
-        run_id, started = self.spec.run_id, time.monotonic()
-        detail: dict[str, Any] = {
-            "on_time": list(effect.on_time), "late": [list(pair) for pair in effect.late],
-        }  # fmt: skip
-        chosen = [f"{run_id}.{effect.round}.{d}" for d in effect.on_time]
-        chosen += [f"{run_id}.{r}.{d}" for d, r in effect.late]
-        taken = [
-            record
-            for assignment_id in chosen
-            if (record := self._records.assignment(assignment_id)) is not None
-            and record.update_digest is not None
-            and record.report is not None
-        ]
-        read = read_by_merge(self._records, run_id, taken)
-        files: dict[str, BlobRef] = {}
-        given: dict[str, Contribution] = {}
-        outcome = await asyncio.to_thread(self._screening.screen, effect.round, taken)
-        out = kept_out(outcome)
-        taken = [r for r in taken if r.assignment.assignment_id not in out]
-        detail |= {"dropped": out, **facts_of(outcome)}
-        if taken:
-            updates, detail["weight_memory"] = self._weighed(taken, effect.round)
-            result, files, dropped = await asyncio.to_thread(self._merge, effect.round, updates)
-            for assignment_id, why in dropped.items():
-                log.error("update not merged: %s", why, extra={"assignment_id": assignment_id})
-            taken = [r for r in taken if r.assignment.assignment_id not in dropped]
-            detail["dropped"] = out | dropped
-            if result is not None:
-                given = result.contributions
-                detail |= {
-                    "weights": {u.assignment.assignment_id: u.weight for u in updates},
-                    "coverage": [float(c) for c in result.coverage],
-                    "aggregation_error": result.error,
-                    "aggregation_errors": result.errors,
-                    "aggregation_error_exact": result.exact,
-                    "attribution_s": result.attribution_s,
-                    "robust": result.robust,
-                    "merge_s": time.monotonic() - started,
-                }
-        faults.point("round.merged")
-        await asyncio.to_thread(require_sound, self._blobs, read)
-        with self._records.transaction():
-            merged = [r.assignment.assignment_id for r in taken]
-            self._records.publish_round(
-                run_id, effect.round, files, merged, detail, self._clock(), given
-            )
-            self._screening.keep(outcome)
-            self._audit.record(
-                "merged", run_id=run_id, round=effect.round,
-                updates={r.assignment.assignment_id: r.update_digest for r in taken},
-                files={role: blob.digest for role, blob in files.items()},
-            )  # fmt: skip
-        faults.point("round.published")
-        log.info("round merged", extra={
-            "round": effect.round, "updates": len(taken),
-            "aggregation_error": detail.get("aggregation_error"),
-        })  # fmt: skip
+        await self._closer.close(effect)
         self._feed(rounds.Merged(self._clock(), effect.round))
         self._intake.tidy()
         self._issuer.forget(effect.round - self._policy.late_rounds)
-
-    def _merge(
-        self, round_: int, updates: Sequence[StoredUpdate]
-    ) -> tuple[MergeResult | None, dict[str, BlobRef], dict[str, str]]:
-        """(result, files of the new model, what could not be merged and why)."""
-        current = self._issuer.model()
-        result, dropped = self._merger.merge_sound(round_, round_ + 1, current, updates)
-        return result, {} if result is None else self._kept(result.files), dropped
-
-    def _merged_again(
-        self, round_: int, merged: Sequence[AssignmentRecord], weights: Mapping[str, float]
-    ) -> dict[str, BlobRef]:
-        updates = [self._stored(r, weights[r.assignment.assignment_id]) for r in merged]
-        model = self._issuer.model(round_)
-        return self._kept(self._merger.merge(round_, round_ + 1, model, updates).files)
-
-    def _kept(self, files: Mapping[str, StateFile]) -> dict[str, BlobRef]:
-        return {role: self._blobs.adopt(f.path, f.payload) for role, f in files.items()}
-
-    def _weighed(
-        self, taken: Sequence[AssignmentRecord], into: int
-    ) -> tuple[list[StoredUpdate], dict[str, float]]:
-        """The updates with their weights, and what the weight rule is to remember."""
-        voices = []
-        for record in taken:
-            a, report = record.assignment, record.report
-            assert report is not None
-            received = report.evaluation("slice", "received")
-            examples = report.train_examples * rounds.late_discount(into - a.round)
-            voices.append(Voice(a.device_id, examples, received.loss if received else None))
-        history = self._records.all_rounds(self.spec.run_id)
-        known = [r.detail["weight_memory"] for r in history if "weight_memory" in r.detail]
-        weights, memory = self._weights.weigh(voices, known[-1] if known else {})
-        return [self._stored(r, w) for r, w in zip(taken, weights, strict=True)], memory
-
-    def _stored(self, record: AssignmentRecord, weight: float) -> StoredUpdate:
-        assert record.update_digest is not None and record.report is not None
-        return StoredUpdate(
-            device_id=record.assignment.device_id,
-            assignment=record.assignment,
-            path=self._blobs.path(record.update_digest),
-            weight=weight,
-            kept=record.report.kept_rank if self._method.pruning is not None else 0,
-            start=self._sparse_start(record.assignment),
-        )
-
-    def _sparse_start(self, task: Assignment) -> tuple[StateFile, ...]:
-        """The files of a slice that travelled without its small values; none for others."""
-        sparse = any(blob.payload.density < 1 for blob in task.slice)
-        return tuple(
-            StateFile(self._blobs.path(blob.digest), blob.payload) for blob in task.slice if sparse
-        )
 
     # --- what devices call ----------------------------------------------------------------------
 
@@ -561,25 +444,7 @@ class Engine:
     def report(self, device_id: str, report: LocalReport) -> None:
         """Takes the report of an assignment. Raises `RefusalError`."""
         record = self._intake.own(device_id, report.assignment_id)
-        if report.outcome == "done" and record.assignment.trains and report.train_examples < 1:
-            raise RefusalError(Reason.BAD_REQUEST, "a report of training names no examples")
-        if not 0 <= report.kept_rank <= record.assignment.rank:
-            raise RefusalError(
-                Reason.BAD_REQUEST,
-                f"a report keeps {report.kept_rank} rows of {record.assignment.rank}",
-            )
-        for e in report.evaluations:
-            told = len(e.example_millinats)
-            if told != len(e.example_tokens) or told > MOST_EXAMPLES:
-                raise RefusalError(
-                    Reason.BAD_REQUEST,
-                    f"a report tells losses of {told} examples and tokens of "
-                    f"{len(e.example_tokens)}; as many of both, at most {MOST_EXAMPLES}",
-                )
-            if told and min(e.example_tokens) < 1:
-                raise RefusalError(
-                    Reason.BAD_REQUEST, "a report tells the loss of an example without tokens"
-                )
+        require_report_fits(report, record.assignment)
         step = record.assignment.mirror
         if record.report is None and report.outcome == "done" and step is not None:
             self._mirrors[device_id] = step.result.digest  # the next round may not await its poll

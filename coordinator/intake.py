@@ -218,7 +218,8 @@ class Intake:
     def tidy(self) -> None:
         """Forgets half-received updates that nobody will complete."""
         for upload_id in self._blobs.parts():
-            upload = self._records.upload(upload_id)
+            growing = self._growing.get(upload_id)  # whose row may not be written yet
+            upload = growing.upload if growing else self._records.upload(upload_id)
             record = None if upload is None else self._records.assignment(upload.assignment_id)
             if record is None or record.update_digest or self._too_late(record.assignment):
                 self._blobs.discard(upload_id)

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from typing import get_args
 
 from profiles.device import ComputeProfile, DeviceProfile
-from protos.contract import LocalReport, Precision, Reason, RefusalError
+from protos.contract import (
+    MOST_EXAMPLES,
+    Assignment,
+    LocalReport,
+    Precision,
+    Reason,
+    RefusalError,
+)
 
 MOST_BYTES, MOST_COUNT, MOST_S, MOST_RATE = 2.0**56, 2.0**24, 1e9, 1e15
 LEAST_RATE = 1e-6
@@ -88,3 +95,25 @@ def _of_report(r: LocalReport) -> Iterator[Claim]:
     for e in r.evaluations:
         yield "tokens", e.tokens, 0, MOST_BYTES
         yield "completions", e.completions, 0, MOST_BYTES
+
+
+def require_report_fits(report: LocalReport, assignment: Assignment) -> None:
+    """Raises `RefusalError` where a report does not answer its assignment."""
+    if report.outcome == "done" and assignment.trains and report.train_examples < 1:
+        raise RefusalError(Reason.BAD_REQUEST, "a report of training names no examples")
+    if not 0 <= report.kept_rank <= assignment.rank:
+        raise RefusalError(
+            Reason.BAD_REQUEST, f"a report keeps {report.kept_rank} rows of {assignment.rank}"
+        )
+    for e in report.evaluations:
+        told = len(e.example_millinats)
+        if told != len(e.example_tokens) or told > MOST_EXAMPLES:
+            raise RefusalError(
+                Reason.BAD_REQUEST,
+                f"a report tells losses of {told} examples and tokens of "
+                f"{len(e.example_tokens)}; as many of both, at most {MOST_EXAMPLES}",
+            )
+        if told and min(e.example_tokens) < 1:
+            raise RefusalError(
+                Reason.BAD_REQUEST, "a report tells the loss of an example without tokens"
+            )

@@ -56,6 +56,7 @@ from protos.contract import (
 )
 from protos.layout import most_update_bytes
 from protos.sketchfleet.v1 import fleet_pb2 as pb
+from protos.transfer import sha256_of
 
 log = logging.getLogger("sketchfleet.agent")
 
@@ -75,6 +76,10 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 class AgentError(SketchfleetError):
     """The agent cannot go on until its owner acts."""
+
+
+class DamagedError(SketchfleetError):
+    """What a device trained from rotted meanwhile."""
 
 
 def version() -> str:
@@ -290,6 +295,10 @@ class Agent:
             log.warning("%s", error, extra={"round": assignment.round})
             await asyncio.sleep(AGAIN_S)
             return
+        except DamagedError as error:
+            log.warning("%s", error, extra={"round": assignment.round})
+            self._clear("work")
+            return
         except asyncio.CancelledError:
             if not self._over:
                 training.cancel()
@@ -345,6 +354,7 @@ class Agent:
         job = self._job(spec, assignment, folder)
         watch.phase = "training" if assignment.trains else "evaluating"
         result = await watch.carry_out(job, self.trainer)
+        await asyncio.to_thread(self._require_whole, assignment)
         report = watch.completed(from_plain(LocalReport, result["report"]))
         report = dataclasses.replace(
             report, fetch_s=fetch_s, fetched_bytes=fetched, resumes=resumes, resent_bytes=resent
@@ -400,6 +410,22 @@ class Agent:
             return assignment.blobs
         rest = dataclasses.replace(assignment, mirror=None).blobs
         return tuple(dict.fromkeys((*rest, *self.mirror.wanted(assignment.mirror))))
+
+    def _require_whole(self, assignment: Assignment) -> None:
+        """Raises `DamagedError` where what was trained from is no longer what was fetched."""
+        blobs = dataclasses.replace(assignment, mirror=None).blobs
+        named = {self.folder / "blobs" / blob.digest: blob.digest for blob in blobs}
+        if assignment.mirror is not None:
+            named[self.mirror.path] = assignment.mirror.result.digest
+        for path, digest in named.items():
+            if not path.is_file() or sha256_of(path) != digest:
+                path.unlink(missing_ok=True)
+                if path == self.mirror.path:
+                    self.mirror.clear()
+                raise DamagedError(
+                    f"{digest[:12]} was damaged on this device's disk while it trained; the round "
+                    "is begun again (check the disk if this happens again)"
+                )
 
     async def _take_mirror(self, spec: AdapterSpec, assignment: Assignment) -> None:
         """Brings the mirror to where the assignment wants it, at worst by fetching it whole."""

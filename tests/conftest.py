@@ -13,6 +13,7 @@ import pytest
 ASYNC_TEST_S = 60
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Of two workers one takes what starts a fleet: two fleets at once would starve each other."""
     for item in items:

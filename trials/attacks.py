@@ -26,10 +26,12 @@ from protos.contract import Assignment, LocalReport
 from trials.demo import NANO_CODE
 from trials.domains import DOMAINS, domain_devices
 from trials.hostile import ATTACKS, Attack, Attacker, PoisonedBench
-from trials.simulation import Sending, SimulatedDevice, Simulation
+from trials.simulated_types import Sending, SimulatedDevice
+from trials.simulation import Simulation
 from trials.study.engine import write_whole
 
 RECOMMENDED = "recommended"
+RECOMMENDED_RULE: Rule = "geometric-median"  # beside screening
 RULES: tuple[str, ...] = ("none", RECOMMENDED, *get_args(Rule)[1:])
 RANKS = (8, 8, 8, 8, 4, 4, 4, 4, 4, 4)
 SEQUENCES = 48
@@ -202,7 +204,7 @@ class Range:
         )  # fmt: skip
 
     def _config(self, cell: Cell) -> RunConfig:
-        rule = "clip" if cell.rule == RECOMMENDED else cell.rule
+        rule = RECOMMENDED_RULE if cell.rule == RECOMMENDED else cell.rule
         return RunConfig.model_validate({
             "run": {"name": "attacks", "seed": self._plan.seed, "rounds": self._plan.rounds},
             "model": {"base": str(self._base),

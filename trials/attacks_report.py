@@ -15,6 +15,7 @@ from trials.attacks import (
     PROMISED,
     QUICK,
     RECOMMENDED,
+    RECOMMENDED_RULE,
     Cell,
     Plan,
     Played,
@@ -104,8 +105,8 @@ def document(plan: Plan, played: Mapping[str, Played], quick: bool) -> Document:
         f"hold half), {plan.rounds} rounds of {plan.local_steps} steps. The clean run takes the "
         f"fleet's loss from {_mean(clean.before):.3f} to {_mean(clean.losses):.3f} nats a token: "
         f'to learn nothing at all would cost {_signed(gain)} %. "{RECOMMENDED}" is screening '
-        "with robust = clip, as run.toml has it by default; the other columns are merged without "
-        "screening, after the checks on arrival."
+        f'with robust = "{RECOMMENDED_RULE}"; the other columns are merged without screening, '
+        "after the checks on arrival."
     )
     screened = Table(
         "Updates of hostile devices that did not enter the merge, by share of hostile devices.",

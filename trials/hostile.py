@@ -25,11 +25,12 @@ from protos.unpacking import open_update
 from trials.simulated_bench import SharedBench
 
 Attack = Literal[
-    "sign flip", "scaling", "noise", "label flip", "colluding", "NaN", "replay"
+    "sign flip", "large sign flip", "scaling", "noise", "label flip", "colluding", "NaN", "replay"
 ]  # fmt: skip
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
 ABOUT: Mapping[Attack, str] = {
-    "sign flip": "the honest change times -1.8",
+    "sign flip": "the honest change times -1, which its size does not give away",
+    "large sign flip": "the honest change times -1.8",
     "scaling": "the honest change times 20",
     "noise": "random values, 1.8 times the size of the honest change",
     "label flip": "trained on code whose next tokens are permuted, and sent as it is",
@@ -99,6 +100,8 @@ class Attacker:
     def _changed(self, task: Assignment, honest: Values, draw: np.random.Generator) -> Values:
         match self.attack:
             case "sign flip":
+                return _each(honest, lambda v: -v)
+            case "large sign flip":
                 return _each(honest, lambda v: -STRENGTH * v)
             case "scaling":
                 return _each(honest, lambda v: 20 * v)

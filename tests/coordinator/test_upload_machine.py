@@ -148,6 +148,8 @@ def make_machine(harness):
             if answer is None:
                 return
             upload_id, durable = answer
+            # Its row is awaited at commit only; after a crash without it, the push begins anew.
+            self.do(self.engine._intake._growing[upload_id].recorded)
             for other in [u for u, at in self.held.items() if at[0] == a.assignment_id]:
                 if other != upload_id:
                     del self.held[other]  # one upload of an assignment at a time

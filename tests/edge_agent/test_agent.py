@@ -324,6 +324,21 @@ async def test_a_kept_blob_that_was_damaged_is_fetched_again(live, state, caplog
     assert "is damaged and is fetched again" in caplog.text
 
 
+async def test_what_rotted_while_it_was_trained_from_is_fetched_and_trained_again(live, state):
+    class Rotting(Trainer):
+        async def run(self, job, progress=None):
+            found = await super().run(job, progress)
+            if len(self.jobs) == 1:
+                Path(job["slice_paths"][0]).write_bytes(b"?" * len(UP))
+            return found
+
+    task = assign(0, slice=(ref(UP),))
+    coordinator = Coordinator(task, task)
+    trainer = await live(coordinator, Rotting())
+    assert trainer.blobs == [[UP], [UP]] and len(coordinator.fetched) == 2
+    assert len(coordinator.pushed) == len(coordinator.reports) == 1
+
+
 # --- mirrors ------------------------------------------------------------------------------------
 
 
