@@ -24,7 +24,7 @@ demo: $(VENV)/.ready  ## one coordinator and four agents on this machine, under 
 	@$(VENV)/bin/sketchfleet-trial demo $(ARGS)
 
 test: $(VENV)/.ready  ## unit, property and end-to-end tests
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: lint-style lint-types lint-imports lint-proto  ## format, lint, types, import rules, wire contract
 

@@ -13,12 +13,13 @@ import pytest
 ASYNC_TEST_S = 60
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Of two workers one takes what starts a fleet: two fleets at once would starve each other."""
-    for item in items:
-        if item.get_closest_marker("e2e"):
-            item.add_marker(pytest.mark.xdist_group("fleet"))
+def pytest_collection_modifyitems(config, items):
+    """Of two workers the first takes what starts fleets: two at once would starve each other.
+
+    With `--dist worksteal` each has half of the list, and who is idle takes from the other's end.
+    """
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 
 @pytest.hookimpl(tryfirst=True)
