@@ -149,8 +149,8 @@ def picture(plan: Plan, played: Mapping[str, Played], path: Path) -> None:
         axes.set_xlabel("final loss against clean, %")
         axes.set_yticks(list(places), plan.rules)
         axes.grid(axis="x", alpha=0.25)
-    panels[0][-1].legend(fontsize="x-small")
-    figure.savefig(path, dpi=130)
+    panels[0][-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
