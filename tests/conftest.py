@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 ASYNC_TEST_S = 60
+
+# A shell that starts this in the background has it ignore interrupts, and with it all it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
