@@ -90,8 +90,6 @@ class Intake:
         if other != upload_id:  # one open upload per assignment
             self._blobs.discard(other)
             self._growing.pop(other, None)
-        if record.update_digest is None:
-            self._room.require(size_bytes + self._due_bytes())
         self._open[assignment_id] = upload_id
         # Nobody waits for it but the commit: a crash before costs the bytes of a moment.
         recorded = asyncio.ensure_future(
@@ -114,6 +112,7 @@ class Intake:
             )
         if record.update_digest is None:
             self._refuse_too_late(assignment)
+            self._room.require(size_bytes + self._due_bytes(but=assignment.assignment_id))
         if record.update_digest not in (None, upload.digest):
             return record, 0
         if record.update_digest == upload.digest or self._blobs.holds(upload.digest):
@@ -192,12 +191,13 @@ class Intake:
                 self._blobs.drop(upload.digest)
             raise _refusal(error) from error
 
-    def _due_bytes(self) -> int:
-        """What uploads under way have still to bring."""
+    def _due_bytes(self, *, but: str) -> int:
+        """What uploads under way have still to bring, `but` those for one assignment."""
+        others = [u.upload for u in tuple(self._growing.values())]  # from any thread
         return sum(
-            u.upload.size_bytes - self._blobs.held(u.upload.upload_id)
-            for u in self._growing.values()
-            if not self._blobs.holds(u.upload.digest)
+            upload.size_bytes - self._blobs.held(upload.upload_id)
+            for upload in others
+            if upload.assignment_id != but and not self._blobs.holds(upload.digest)
         )
 
     def _forget(self, upload: UploadRecord) -> None:

@@ -444,7 +444,8 @@ async def test_a_late_update_counts_as_its_method_can_count_it(harness, tmp_path
                                 thinned)  # fmt: skip
 
         merger = Merger(run.engine.spec, method_of(name), run.config.make_server_optimizer(),
-                        run.reader, lambda role: tmp_path / role)  # fmt: skip
+                        run.reader, lambda role: tmp_path / role,
+                        run.config.make_robust())  # fmt: skip
         merged = merger.merge(1, 2, run.reader(1), [stored(*one) for one in counted])
         for role, file in merged.files.items():
             held = run.blobs.path(run.model(2)[role].digest).read_bytes()

@@ -37,7 +37,9 @@ def flat(values):
     return np.concatenate([v.ravel() for of in values.values() for v in of.values()])
 
 
-@pytest.mark.parametrize(("attack", "factor"), [("sign flip", -STRENGTH), ("scaling", 20)])
+@pytest.mark.parametrize(
+    ("attack", "factor"), [("sign flip", -1), ("large sign flip", -STRENGTH), ("scaling", 20)]
+)
 def test_flips_and_scaling_are_multiples_of_the_honest_change(tmp_path, attack, factor):
     honest, sent = sent_by(tmp_path, attack, NAMES[0])
     np.testing.assert_allclose(flat(sent), factor * flat(honest), rtol=1e-5)
