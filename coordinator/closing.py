@@ -18,7 +18,7 @@ from coordinator.config import RunConfig
 from coordinator.issuing import Issuer
 from coordinator.ledger_types import Contribution
 from coordinator.mending import read_by_merge, require_sound
-from coordinator.merge import Merger, StoredUpdate
+from coordinator.merge import Merger, MergeResult, StoredUpdate
 from coordinator.methods import Method
 from coordinator.screened_rounds import ScreenedRounds, facts_of, kept_out
 from coordinator.state import StateFile
@@ -71,10 +71,7 @@ class Closer:
         detail |= {"dropped": out, **facts_of(outcome)}
         if taken:
             updates, detail["weight_memory"] = self._weighed(taken, effect.round)
-            result, dropped = await asyncio.to_thread(
-                self._merger.merge_sound, effect.round, effect.round + 1, self._issuer.model(),
-                updates,
-            )  # fmt: skip
+            result, dropped = await asyncio.to_thread(self._merge, effect.round, updates)
             for assignment_id, why in dropped.items():
                 log.error("update not merged: %s", why, extra={"assignment_id": assignment_id})
             taken = [r for r in taken if r.assignment.assignment_id not in dropped]
@@ -122,6 +119,12 @@ class Closer:
     def kept(self, files: Mapping[str, StateFile]) -> dict[str, BlobRef]:
         """Drafts of a model as blobs, by role."""
         return {role: self._blobs.adopt(f.path, f.payload) for role, f in files.items()}
+
+    def _merge(
+        self, round_: int, updates: Sequence[StoredUpdate]
+    ) -> tuple[MergeResult | None, dict[str, str]]:
+        current = self._issuer.model()  # reads files: not for the event loop
+        return self._merger.merge_sound(round_, round_ + 1, current, updates)
 
     def _taken(self, effect: rounds.CloseRound) -> list[AssignmentRecord]:
         chosen = [f"{self._run_id}.{effect.round}.{d}" for d in effect.on_time]
