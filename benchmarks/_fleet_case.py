@@ -65,7 +65,7 @@ def coordinator(case: Case, *, secured: bool = False) -> Iterator[tuple[LocalFle
 
 
 def join_words(fleet: LocalFleet, devices: int) -> str:
-    """What so many devices join with: an invitation as JSON, or a plain-text fleet's token."""
+    """What so many devices join with: an invitation's short form, or a plain-text fleet's token."""
     if fleet.secured:
-        return fleet.invitation(uses=devices).to_json()
+        return fleet.invitation(uses=devices).short_form
     return (fleet.state / "join-token").read_text().strip()

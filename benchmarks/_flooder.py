@@ -1,8 +1,8 @@
 """One enrolled device that asks for everything at once, as fast as it can, in every way it knows.
 
-`python -m benchmarks._flooder ADDRESS CREDENTIAL`: prints a line when it has begun, and at SIGTERM
-one line of JSON with how often it tried what. Takes no part in rounds, so that what it costs the
-others is the flood alone.
+`python -m benchmarks._flooder ADDRESS SHOWN`, which is a credential or, for mutual TLS, the folder
+of an identity: prints a line when it has begun, and at SIGTERM one line of JSON with how often it
+tried what. Takes no part in rounds, so that what it costs the others is the flood alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 
+from edge_agent.identity import Identity
 from protos.chunk import Chunk, chunk_message
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 
@@ -32,9 +34,10 @@ NOISE = os.urandom(512 * 1024)
 class Flooder:
     """All that it does goes on until the process ends."""
 
-    def __init__(self, address: str, credential: str) -> None:
+    def __init__(self, address: str, shown: str) -> None:
         self._address = address
-        self._metadata = (("authorization", f"Bearer {credential}"),)
+        self._credentials = Identity(Path(shown)).credentials if Path(shown).is_dir() else None
+        self._metadata = () if self._credentials else (("authorization", f"Bearer {shown}"),)
         self.tried: collections.Counter[str] = collections.Counter()
         self._channels: list[Any] = [self._dial() for _ in range(CHANNELS)]
         self._next = 0
@@ -43,6 +46,8 @@ class Flooder:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0),
                    ("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100),
                    ("grpc.initial_reconnect_backoff_ms", 50)]  # fmt: skip
+        if self._credentials is not None:
+            return grpc.aio.secure_channel(self._address, self._credentials, options=options)
         return grpc.aio.insecure_channel(self._address, options=options)
 
     def _channel(self) -> Any:

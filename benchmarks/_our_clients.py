@@ -19,7 +19,7 @@ from edge_agent.identity import Identity
 from edge_agent.joining import enroll
 from edge_agent.link import Link
 from protos.contract import AdapterSpec, Assignment, BlobRef, from_message
-from protos.invitation import read_invitation
+from protos.invitation import SHORT_FORM, read_invitation
 from protos.layout import Parts
 from protos.packing import pack
 from protos.sketchfleet.v1 import fleet_pb2 as pb
@@ -71,8 +71,12 @@ class Joined:
         await self.up()
 
 
-async def _enrolled(address: str, words: str, name: str, folder: Path) -> tuple[Link, str]:
-    if words.startswith("{"):
+async def enrolled(address: str, words: str, name: str, folder: Path) -> tuple[Link, str]:
+    """A device's link, and what it shows: its identity's folder, or its credential (plain text).
+
+    words: `join_words`.
+    """
+    if SHORT_FORM.fullmatch(words):
         identity = Identity(folder / f"{name}.identity")
         invitation = read_invitation(words)
         await asyncio.to_thread(enroll, identity, invitation, name, "0", lambda: None, 60)
@@ -83,8 +87,8 @@ async def _enrolled(address: str, words: str, name: str, folder: Path) -> tuple[
 
 
 async def join(address: str, words: str, name: str, folder: Path) -> Joined:
-    """Enrols, takes an assignment and packs an update for it. words: `join_words`."""
-    link, shown = await _enrolled(address, words, name, folder)
+    """Enrols, takes an assignment and packs an update for it."""
+    link, shown = await enrolled(address, words, name, folder)
     answer = await link.next_task(None, "", 0, 60)
     spec = from_message(answer.spec, AdapterSpec)
     while answer.kind != pb.NextTaskResponse.KIND_ASSIGNMENT:

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._our_clients import make_update
+from benchmarks._fleet_case import join_words
+from benchmarks._our_clients import enrolled, make_update
 from benchmarks.exchange import fake_base, profile
 from edge_agent.link import Link
 from protos.contract import AdapterSpec, Assignment, LocalReport, from_message
@@ -81,10 +82,10 @@ async def take_part(link: Link, folder: Path, rounds: Rounds) -> None:
 
 
 @contextlib.contextmanager
-def flood(address: str, credential: str) -> Iterator[dict[str, int]]:
+def flood(address: str, shown: str) -> Iterator[dict[str, int]]:
     """The flooder at work; afterwards, how often it tried what."""
     process = subprocess.Popen(
-        ["nice", "-n", "19", sys.executable, "-m", "benchmarks._flooder", address, credential],
+        ["nice", "-n", "19", sys.executable, "-m", "benchmarks._flooder", address, shown],
         stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.getcwd()},  # noqa: PTH109 - where this runs
     )  # fmt: skip
@@ -121,10 +122,11 @@ async def stretch(rounds: Rounds, count: int, pid: int) -> tuple[float, float]:
 async def measure(fleet: LocalFleet, folder: Path, pairs: int, count: int) -> dict[str, Any]:
     """Pairs of stretches, one in peace and one in the flood."""
     address = f"127.0.0.1:{fleet.port}"
-    token = (fleet.state / "join-token").read_text().strip()
-    links = [Link(address) for _ in range(DEVICES + 1)]
-    for number, link in enumerate(links):
-        await link.enroll(token, f"device-{number}", "0", 60)
+    words = join_words(fleet, DEVICES + 1)
+    joined = [
+        await enrolled(address, words, f"device-{number}", folder) for number in range(DEVICES + 1)
+    ]
+    links, shown = [link for link, _ in joined], joined[-1][1]
     rounds = Rounds()
     working = []
     for number, link in enumerate(links[:DEVICES]):
@@ -136,7 +138,7 @@ async def measure(fleet: LocalFleet, folder: Path, pairs: int, count: int) -> di
     for _ in range(pairs):
         peace = await stretch(rounds, count, pid)
         begun = time.monotonic()
-        with flood(address, links[-1].credential) as tried:
+        with flood(address, shown) as tried:
             flooded = await stretch(rounds, count, pid)
         found.append({
             "peace_s": peace[0], "flood_s": flooded[0], "ratio": flooded[0] / peace[0],
@@ -166,6 +168,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one pair of three rounds each")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tls", action="store_true", help="everybody over mutual TLS")
     asked = parser.parse_args()
     pairs, count = (1, 3) if asked.quick else (asked.pairs, 6)
     with tempfile.TemporaryDirectory() as place:
@@ -179,7 +182,7 @@ def main() -> None:
             "round": {"min_devices": DEVICES, "gather_s": 0, "round_s": 60},
             "evaluation": {"every_rounds": 100_000},
         }
-        with LocalFleet(folder / "fleet", run, []) as fleet:
+        with LocalFleet(folder / "fleet", run, [], secured=asked.tls) as fleet:
             fleet.start_coordinator()
             fleet.await_token()
             found = asyncio.run(measure(fleet, folder, pairs, count))

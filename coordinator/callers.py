@@ -240,8 +240,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             caller = self._callers.identify(context)
             self._callers.admit(caller)
-        except RefusalError as error:
-            await self._refuse(context, error)
+        except Exception as error:
+            await self._refuse(context, error)  # also of a disk that cannot be read
             raise
         _device.set(caller.device_id)
         return caller

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ from profiles.errors import SketchfleetError
 log = logging.getLogger("sketchfleet.coordinator")
 
 AUTHORITY = "authority"  # its folder within the state folder
+_Shown = tuple[tuple[bytes, bytes], bytes | None]  # (key, chain) and the roots that clients need
 
 
 class ListenError(SketchfleetError):
@@ -167,35 +169,44 @@ def _at(place: str, port: int) -> str:
 
 
 def _authority_credentials(authority: Authority, *, mutual: bool) -> grpc.ServerCredentials:
-    def shown() -> Any:
-        pair = authority.server_pair()
-        roots = authority.trust if mutual else None
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+    def shown() -> _Shown:
+        return authority.server_pair(), authority.trust if mutual else None
 
     return _credentials(shown, mutual)
 
 
 def _pki_credentials(pki: PkiSection) -> grpc.ServerCredentials:
-    def shown() -> Any:
+    def shown() -> _Shown:
         try:
             pair = pki.key.read_bytes(), pki.certificate.read_bytes()
-            roots = pki.ca.read_bytes()
+            return pair, pki.ca.read_bytes()
         except OSError as error:
             raise ListenError(f"[pki] {error.filename} cannot be read: {error.strerror}") from error
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
 
     return _credentials(shown, mutual=True)
 
 
-def _credentials(shown: Any, mutual: bool) -> grpc.ServerCredentials:
+def _credentials(shown: Callable[[], _Shown], mutual: bool) -> grpc.ServerCredentials:
     latest = shown()  # what is wrong is told at the start; later on what was shown last stays
 
+    def configuration() -> Any:
+        pair, roots = latest
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+
     def fetch() -> Any:
+        """Asked before every handshake; None where nothing has changed.
+
+        Not for speed: gRPC swaps what it holds under handshakes that go on elsewhere, unlocked,
+        and dies of it when connections come and go by the dozen (grpcio 1.85.1).
+        """
         nonlocal latest
+        before = latest
         try:
             latest = shown()
         except SketchfleetError as error:
             log.error("certificates cannot be read anew: %s", error)
-        return latest
+        return None if latest == before else configuration()
 
-    return grpc.dynamic_ssl_server_credentials(latest, fetch, require_client_authentication=mutual)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), fetch, require_client_authentication=mutual
+    )

@@ -62,7 +62,7 @@ SHARES: dict[str, tuple[int, int]] = {
 }
 
 IMMEDIATE = ("kill -9", "power cut", "process stopped", "clock jumps", "graceful stop",
-             "trainer killed", "half-open connection", "connection reset")  # fmt: skip
+             "half-open connection", "connection reset")  # fmt: skip
 
 
 @dataclass
@@ -82,6 +82,24 @@ def draw(count: int, agents: Sequence[str], random_: random.Random) -> list[Plan
     chosen = kinds[:count] + random_.choices(kinds, weights, k=max(0, count - len(kinds)))
     random_.shuffle(chosen)
     return [one(kind, agents, random_) for kind in chosen]
+
+
+def spread(planned: Sequence[Planned], rounds: int) -> list[tuple[int, Planned]]:
+    """Each fault with the round it is due in, in order; as many in every round.
+
+    A device's trainer dies at most once a round: after a second death over one assignment the
+    device gives it up, as it should, and from there on the two runs merge different updates.
+    """
+    due: list[tuple[int, Planned]] = []
+    killed: set[tuple[str, int]] = set()
+    for index, fault in enumerate(planned):
+        round_ = index * rounds // len(planned)
+        if fault.way == "trainer":
+            later = (n % rounds for n in range(round_, round_ + rounds))
+            round_ = next((n for n in later if (fault.target, n) not in killed), round_)
+            killed.add((fault.target, round_))
+        due.append((round_, fault))
+    return sorted(due, key=lambda pair: pair[0])
 
 
 def one(kind: str, agents: Sequence[str], random_: random.Random) -> Planned:

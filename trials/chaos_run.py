@@ -12,7 +12,7 @@ from pathlib import Path
 from profiles.errors import SketchfleetError
 from protos import faults
 from trials.chaos_check import Promises, finished
-from trials.chaos_faults import COORDINATOR, IMMEDIATE, Outcome, Planned, one
+from trials.chaos_faults import COORDINATOR, IMMEDIATE, Outcome, Planned, one, spread
 from trials.chaos_workers import Worker, cli
 from trials.fleet import DeviceSetup, LocalFleet
 
@@ -30,7 +30,7 @@ class Chaos:
     ) -> None:  # fmt: skip
         self.fleet, self.rounds, self.holder, self.plans = fleet, rounds, holder, plans
         self.wanted, self.tell = len(planned), tell
-        self.due = [(i * rounds // max(1, len(planned)), Outcome(p)) for i, p in enumerate(planned)]
+        self.due = [(round_, Outcome(fault)) for round_, fault in spread(planned, rounds)]
         self.outcomes = [outcome for _, outcome in self.due]
         self.open = {id(o) for o in self.outcomes}  # not carried out, nor planted
         self.promises = Promises(fleet.run_id)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
+import ssl
 import time
+from urllib.parse import unquote
 
+import grpc
+import h2.connection
 import pytest
 
-from coordinator.authority import Authority
+from coordinator.authority import SERVER_DAYS, Authority
 from coordinator.certificates import CLIENT, SERVER, Signer, authority, host_names, key_pem, leaf
 
 from coordinator.certificates import new_key, pem  # isort: skip
 from coordinator.config import PkiSection
+from coordinator.listeners import _authority_credentials, _pki_credentials
 from coordinator.store.schema import certificates
 from edge_agent import certified
 from edge_agent.certified import CertifiedMembership, OwnPkiMembership, own_credentials
@@ -271,3 +277,70 @@ async def test_a_fleet_of_the_owners_own_pki(harness, tmp_path):
 
 def test_what_a_device_holds_shows_no_key():
     assert "secret" not in repr(Pair(b"secret", b"chain", 0.0, 1.0))
+
+
+# --- what is spoken -----------------------------------------------------------------------------
+
+
+def grpc_status(port, pair, trust, folder, newest):
+    """What a poll over TLS up to `newest` is answered: (version spoken, grpc-status, message).
+
+    gRPC's clients cannot be kept from TLS 1.3, so this one speaks HTTP/2 by itself.
+    """
+    files = folder / "chain.pem", folder / "key.pem"
+    for file, content in zip(files, (pair.chain, pair.key), strict=True):
+        file.write_bytes(content)
+    context = ssl.create_default_context(cadata=trust.decode())
+    context.maximum_version = newest
+    context.load_cert_chain(*files)
+    context.set_alpn_protocols(["h2"])
+    path = "/sketchfleet.v1.FleetService/NextTask"
+    with (
+        socket.create_connection(("127.0.0.1", port), 5) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as line,
+    ):
+        http = h2.connection.H2Connection()
+        http.initiate_connection()
+        http.send_headers(1, [
+            (":method", "POST"), (":scheme", "https"), (":path", path), (":authority", "127.0.0.1"),
+            ("content-type", "application/grpc"), ("te", "trailers"),
+        ])  # fmt: skip
+        http.send_data(1, bytes(5), end_stream=True)  # an empty message
+        line.sendall(http.data_to_send())
+        said = {}
+        while "grpc-status" not in said and (data := line.recv(65536)):
+            for event in http.receive_data(data):
+                said.update((k.decode(), v.decode()) for k, v in getattr(event, "headers", ()))
+            line.sendall(http.data_to_send())
+        return line.version(), int(said["grpc-status"]), unquote(said.get("grpc-message", ""))
+
+
+async def test_nothing_older_than_tls_1_3_is_answered(harness, tmp_path):
+    async with harness.fleet(tmp_path, names=("ash",), **SECURED) as fleet:
+        authority = fleet.coordinator.enrolment.authority
+        asked = fleet.coordinator.port, fleet["ash"].identity.pair, authority.trust, tmp_path
+        old = await asyncio.to_thread(grpc_status, *asked, ssl.TLSVersion.TLSv1_2)
+        new = await asyncio.to_thread(grpc_status, *asked, ssl.TLSVersion.TLSv1_3)
+    assert old == ("TLSv1.2", grpc.StatusCode.UNAUTHENTICATED.value[0],
+                   "only TLS 1.3 is spoken here")  # fmt: skip
+    assert new[0] == "TLSv1.3" and "TLS" not in new[2]
+
+
+def test_certificates_are_handed_to_grpc_only_when_they_changed(tmp_path, monkeypatch):
+    """Handed over anew for every handshake, they killed the process under a flood."""
+    taken = []
+    monkeypatch.setattr(
+        grpc, "dynamic_ssl_server_credentials",
+        lambda first, fetch, require_client_authentication: taken.append(fetch),
+    )  # fmt: skip
+    at = [time.time()]
+    authority = Authority.create(tmp_path / "ca", ["127.0.0.1"], clock=lambda: at[0])
+    _authority_credentials(authority, mutual=True)
+    own = OwnPki(tmp_path / "pki")
+    _pki_credentials(own.section)
+    of_authority, of_pki = taken
+    assert of_authority() is None and of_pki() is None
+    at[0] += SERVER_DAYS * 86400 * 0.9  # the listeners' certificate is renewed
+    own.sign("server", SERVER, host_names(["127.0.0.1"]))
+    assert of_authority() is not None and of_pki() is not None
+    assert of_authority() is None and of_pki() is None
