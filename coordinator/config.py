@@ -5,6 +5,7 @@ How the file is read and its mistakes are told: `profiles.settings`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,11 +16,20 @@ from coordinator.methods import make as make_method
 from coordinator.plan_types import Aim, PlanPolicy
 from coordinator.robust import Robust, require_fit
 from coordinator.robust_rules import Rule
-from coordinator.server_config import PkiSection, ServerSection
+from coordinator.server_config import (
+    ENVIRONMENT,
+    ConfigError,
+    PkiSection,
+    ServerSection,
+    WebSection,
+    placed_state,
+)
 from coordinator.server_optimizer import ServerOptimizer, make_optimizer
 from coordinator.weights import WeightOptions, WeightRule, make_rule
 from profiles.errors import SketchfleetError
-from profiles.settings import Section, host_of, is_loopback, load_settings
+from profiles.events import LogSection
+from profiles.layers import Layered, load_layered
+from profiles.settings import Section
 from protos.contract import Encoding, Objective, Part, Precision
 from protos.layout import LEAST_GROUP, MOST_GROUP, codec_of
 from protos.mirror import sent_whole
@@ -27,10 +37,6 @@ from protos.mirror import sent_whole
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
-
-
-class ConfigError(SketchfleetError):
-    """run.toml cannot be read or holds something that cannot be run."""
 
 
 SliceEncoding = Literal["float32", "bfloat16", "int8", "int4", "int2"]
@@ -43,7 +49,9 @@ class RunSection(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """Also its identity: serving the same name again continues it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Of every random choice; the same seed, plans and updates give the same bits."""
     rounds: Positive = 10
+    """Training rounds; then the run is finished."""
 
 
 class ModelSection(Section):
@@ -77,14 +85,18 @@ class AdapterSection(Section):
     """The global adapter."""
 
     rank: Positive = 32
+    """Rows of the global adapter; a device trains as many of them as it can afford."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """LoRA's alpha: products count by alpha / rank."""
     rslora: bool = False
+    """Whether they count by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
 
 
 class MethodSection(Section):
     """How updates merge (`docs/methods.md`). Keys that the method does not take are refused."""
 
     name: str = "fslora"
+    """As in `docs/methods.md`: "fslora", "fedit", "flexlora", "flora", ..."""
     normalisation: Literal["auto", "none", "ipw", "coverage"] = "auto"
     """FSLoRA: what a row is divided by. "auto" is "coverage" under AdamW, else "none"."""
     sketches: Literal["stratified", "independent"] = "stratified"
@@ -110,6 +122,7 @@ class ScreeningSection(Section):
     """Which updates are kept out of the merge (`docs/security.md`)."""
 
     enabled: bool = True
+    """Whether updates are judged before they are merged."""
     clean_rounds: Positive = 3
     """Rounds in a row that a quarantined device must deliver sound updates before they count."""
 
@@ -118,10 +131,13 @@ class ServerOptimizerSection(Section):
     """How the merged change is applied (FedOpt, arXiv 2003.00295)."""
 
     name: Literal["plain", "momentum", "adam"] = "plain"
+    """The step as it was merged, with momentum, or Adam's."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """1 unless given; 0.01 for Adam, whose steps are about this long whatever the change."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the former steps is kept, with momentum and Adam."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Adam: how much of the former second moment is kept."""
     tau: Annotated[float, Field(gt=0)] = 1e-3
     """Adam: added to the root of the second moment."""
 
@@ -142,6 +158,7 @@ class FairnessSection(Section):
     propfair_ceiling: Annotated[float, Field(ge=0)] = 0.0
     """M, nats per token: at least 1.5 times the highest loss at the start."""
     propfair_margin: Annotated[float, Field(gt=0)] = 0.2
+    """Losses closer to the ceiling than this are counted as if they were this close."""
 
     @property
     def objective(self) -> Objective | None:
@@ -158,15 +175,21 @@ class TrainingSection(Section):
     sequence_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = 512
     """Length of a row; "auto" lets the planner choose between 128 and 1024 per device."""
     micro_batch: Positive = 4
+    """Rows that go through the model at once."""
     accumulation: Positive = 1
+    """Micro-batches of one optimiser step."""
     local_steps: Positive = 20
+    """Optimiser steps of a device in a round, at most."""
     min_local_steps: Positive = 1
+    """Fewer are never planned."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the optimiser on the device."""
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
     """On the device; "adamw8bit" holds the moments in a byte each (bitsandbytes)."""
     keep_optimizer: bool = False
     """Whether a device's optimiser goes on where it stopped, while its rows stay the same."""
     checkpointing: bool | Literal["auto"] = "auto"
+    """Whether activations are computed again instead of kept; "auto" where memory asks for it."""
     fill_in_middle: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of documents rearranged for completion in the middle, where the tokenizer can."""
 
@@ -188,6 +211,7 @@ class RoundSection(Section):
     """When a round opens and closes."""
 
     min_devices: Positive = 2
+    """A round waits for so many."""
     gather_s: Annotated[float, Field(ge=0)] = 5.0
     """How long to wait for further devices once `min_devices` are ready."""
     quorum: Share = 0.8
@@ -195,9 +219,11 @@ class RoundSection(Section):
     round_s: Annotated[float, Field(ge=0)] = 0.0
     """Length of a round; 0 lets the planner choose."""
     max_round_s: Seconds = 3600.0
+    """No round is planned to be longer."""
     late_rounds: Annotated[int, Field(ge=0)] = 1
     """Updates this many rounds late still count, at a discount."""
     min_rank: Positive = 1
+    """A device that cannot train so many rows takes no part."""
     rank_multiple: Positive = 1
     """Sketch sizes are multiples of this."""
     coverage: Annotated[float, Field(gt=0)] = 1.0
@@ -210,7 +236,9 @@ class WireSection(Section):
     update: Encoding | Literal["auto"] = "int8"
     """Of what devices send; "auto" chooses between bfloat16 and int8 per device."""
     slice: SliceEncoding = "bfloat16"
+    """Of the rows that a device is sent to train."""
     global_adapter: SliceEncoding = "bfloat16"
+    """Of the whole adapter, which devices are sent to evaluate."""
     group: Annotated[int, Field(ge=0, le=MOST_GROUP)] = 0
     """Neighbouring values of an update that share a scale, 8 or more; 0: a whole row."""
     compressed: bool = False
@@ -227,29 +255,14 @@ class EvaluationSection(Section):
     every_rounds: Positive = 5
     """The whole global adapter is also measured before the first round and after the last."""
     sequences: Positive = 32
+    """Held-out rows of each device that are measured, at most."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of a device's documents that are never trained on."""
     completions: Annotated[int, Field(ge=0)] = 0
     """Lines of held-out code that devices generate and compare in each evaluation."""
     local_only: bool = False
     """Whether devices also train an adapter on their own code alone, with the same budget, to tell
     whether taking part is worth it. Doubles the time of training."""
-
-
-class WebSection(Section):
-    """The dashboard, /metrics and /healthz (`docs/dashboard.md`); they only show."""
-
-    listen: str = "127.0.0.1:9464"
-    """"" serves none of them."""
-    token_file: Path | None = None
-    """Holds what visitors must show; without it, only this machine may be listened on."""
-
-    @model_validator(mode="after")
-    def _guarded(self) -> WebSection:
-        if self.listen and not is_loopback(host_of(self.listen)) and self.token_file is None:
-            raise ValueError(
-                f"[web] listen {self.listen} can be reached from elsewhere and needs a token_file"
-            )
-        return self
 
 
 class LimitsSection(Section):
@@ -279,6 +292,7 @@ class RunConfig(Section):
     server: ServerSection = ServerSection()
     pki: PkiSection | None = None
     limits: LimitsSection = LimitsSection()
+    log: LogSection = LogSection()
     web: WebSection = WebSection()
 
     @model_validator(mode="after")
@@ -475,13 +489,20 @@ def _changed(section: Section) -> set[str]:
 
 
 def load_config(path: Path) -> RunConfig:
-    """Reads run.toml; relative folders in it are relative to it.
+    """run.toml as it is in force. Raises `ConfigError` as `load_layers` does."""
+    return load_layers(path).settings
 
-    Raises `ConfigError` with the file, the key and what is allowed there.
+
+def load_layers(path: Path, given: Sequence[str] = ()) -> Layered[RunConfig]:
+    """Reads run.toml with what SKETCHFLEET_COORDINATOR__SECTION__KEY and `--set` put in its place.
+
+    given: "section.key=value" of each `--set`. Relative folders are relative to the file. Raises
+    `ConfigError` with the file or variable, the key and what is allowed there.
     """
-    config = load_settings(path, RunConfig, ConfigError)
+    found = load_layered(path, RunConfig, ConfigError, ENVIRONMENT, given)
+    config = found.settings
     here = path.resolve().parent
-    server = config.server.model_copy(update={"state": here / config.server.state.expanduser()})
+    server, sources = placed_state(config.server, path, found.sources)
     base = config.model.base
     if (here / base).is_dir():
         base = str((here / base).resolve())
@@ -490,4 +511,5 @@ def load_config(path: Path) -> RunConfig:
     web = config.web
     if web.token_file is not None:
         web = web.model_copy(update={"token_file": here / web.token_file.expanduser()})
-    return config.model_copy(update={"server": server, "model": model, "pki": pki, "web": web})
+    placed = config.model_copy(update={"server": server, "model": model, "pki": pki, "web": web})
+    return Layered(placed, sources)

@@ -5,25 +5,38 @@ How the file is read and its mistakes are told: `profiles.settings`.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from edge_agent.network import NetworkSection
 from edge_agent.policy import Policy
+from edge_agent.serving_settings import ServeSection
 from edge_agent.training.connectors import DataSelection, Problems
 from edge_agent.training.git_history import GitRange
 from edge_agent.training.labelled import Columns, Labelled
 from edge_agent.training.records import Keys
-from profiles.errors import SketchfleetError
-from profiles.settings import Section, host_of, is_loopback, load_settings
+from profiles.errors import ExitCode, SketchfleetError
+from profiles.events import LogSection
+from profiles.layers import Layered, load_layered
+from profiles.places import config_places, find_config, state_folder
+from profiles.settings import Section, host_of, is_loopback
+
+PREFIX = "SKETCHFLEET_AGENT"  # of variables: SKETCHFLEET_AGENT__SECTION__KEY
+FILE = "agent.toml"
+BESIDE = "agent-state"
 
 
 class AgentConfigError(SketchfleetError):
     """agent.toml cannot be read or holds something that cannot be used."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.SETTINGS
 
 
 def _host_name() -> str:
@@ -48,7 +61,9 @@ class CoordinatorSection(Section):
     """For a fleet of your own PKI: roots that the coordinator's certificate is verified up to, PEM;
     with them `certificate` and `key` of this device. They are read again when they change."""
     certificate: Path | None = None
+    """This device's own, PEM."""
     key: Path | None = None
+    """Its private key, PEM."""
     plain_text: bool = False
     """No TLS, and a join token from a file: for trials within this machine."""
     token_file: Path = Path("join-token")
@@ -110,17 +125,21 @@ class DataSection(Section):
     dataset: str = ""
     """A Hugging Face dataset of JSONL or Parquet files: "owner/name", or a folder."""
     dataset_revision: str = ""
+    """A commit of it; the newest when empty."""
     dataset_folder: str = ""
     """Only files below this folder of it."""
     dataset_split: str = "train"
+    """The split that is trained on."""
     dataset_held_out: str = ""
     """The split that is held out; a share of `dataset_split` when empty."""
     text_key: str = "text"
     """Where the text of a record is, unless it has a prompt and a completion."""
     prompt_key: str = ""
+    """Where a record's prompt is."""
     completion_key: str = ""
     """With a prompt and a completion, only the completion counts."""
     language_key: str = ""
+    """Where a record names its programming language; needed to choose by `languages`."""
     git: str = ""
     """A repository. Needs `git_cutoff`; nothing else may be named beside it."""
     git_cutoff: str = ""
@@ -128,13 +147,16 @@ class DataSection(Section):
     git_since: str = ""
     """Only files that changed between this and the cut-off are trained on."""
     git_head: str = "HEAD"
+    """The newest commit that counts."""
     labelled: tuple[str, ...] = ()
     """Files or globs of labelled texts or pairs, for runs that classify: TSV with a header, or one
     JSON object per line; also compressed. Nothing else may be named beside it."""
     labelled_held_out: tuple[str, ...] = ()
     """What of it is held out; a share of `labelled` when empty."""
     first_key: str = ""
+    """Column of the text, or of the first of a pair."""
     second_key: str = ""
+    """Column of the second text of a pair."""
     label_key: str = ""
     """Columns of the texts and the label; as GLUE's tasks name them when empty."""
 
@@ -177,6 +199,7 @@ class ModelSection(Section):
     """Where the base model lies, when not where the run says."""
 
     base: str = ""
+    """A folder or hub id with the same weights, which are checked by their digest."""
 
 
 class LimitsSection(Section):
@@ -199,7 +222,10 @@ class PersonalSection(Section):
 class StateSection(Section):
     """Where the agent keeps its credential, journal, updates and what is the device's own."""
 
-    folder: Path = Path("agent-state")
+    folder: Path = Path(BESIDE)
+    """In the standard place of state when not given: systemd's STATE_DIRECTORY,
+    /var/lib/sketchfleet/agent or $XDG_STATE_HOME/sketchfleet/agent; beside a settings file that
+    lies elsewhere."""
 
 
 class TrainerSection(Section):
@@ -222,8 +248,11 @@ class EvaluationSection(Section):
     samples: Annotated[int, Field(ge=1, le=200)] = 1
     """Programs per problem: one is the most likely, several are drawn."""
     max_problems: Annotated[int, Field(ge=1)] | None = None
+    """The first so many; all when not given."""
     temperature: Annotated[float, Field(gt=0, le=2)] = 0.8
+    """Of programs that are drawn."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Of one program, at most."""
     wall_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """Of one program with its tests."""
     memory_mb: Annotated[int, Field(ge=64)] = 512
@@ -239,9 +268,11 @@ class AgentConfig(Section):
     coordinator: CoordinatorSection = CoordinatorSection()
     model: ModelSection = ModelSection()
     limits: LimitsSection = LimitsSection()
+    log: LogSection = LogSection()
     network: NetworkSection = NetworkSection()
     policy: Policy = Policy()
     personal: PersonalSection = PersonalSection()
+    serve: ServeSection = ServeSection()
     state: StateSection = StateSection()
     trainer: TrainerSection = TrainerSection()
 
@@ -290,15 +321,44 @@ class AgentConfig(Section):
         return Labelled(data.labelled, data.labelled_held_out, columns)
 
 
-def load_agent_config(path: Path) -> AgentConfig:
-    """Reads agent.toml; relative folders in it are relative to it. Raises `AgentConfigError`."""
-    config = load_settings(path, AgentConfig, AgentConfigError)
-    here = path.resolve().parent
+def load_agent_config(
+    path: Path | None = None,
+    given: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> AgentConfig:
+    """The settings of `read_agent_config`."""
+    return read_agent_config(path, given, environ).settings
+
+
+def read_agent_config(
+    path: Path | None = None,
+    given: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Layered[AgentConfig]:
+    """Reads agent.toml, the environment above it and `given` (of `--set`) above both.
+
+    Relative folders are relative to the file, or where there is none to where one is now. Without
+    a path the standard places are searched. Raises `AgentConfigError`.
+    """
+    environ = os.environ if environ is None else environ
+    path = path or find_config(FILE, environ)
+    if path is None and not any(name.startswith(f"{PREFIX}__") for name in environ) and not given:
+        places = ", ".join(map(str, config_places(FILE, environ)))
+        raise AgentConfigError(
+            f"no {FILE} in the standard places ({places}); write one there or pass --config FILE"
+        )
+    found = load_layered(path, AgentConfig, AgentConfigError, PREFIX, given, environ)
+    config = found.settings
+    sources = dict(found.sources)
+    here = Path.cwd() if path is None else path.resolve().parent
+    folder = here / config.state.folder.expanduser()
+    if "folder" not in config.state.model_fields_set:
+        folder, sources["state.folder"] = state_folder("agent", path, BESIDE, environ)
     base = config.model.base
     if base and (here / base).is_dir():
         base = str((here / base).resolve())
     problems = config.evaluation.problems
-    return config.model_copy(
+    placed = config.model_copy(
         update={
             "coordinator": config.coordinator.placed(here),
             "data": _placed(here, config.data),
@@ -306,11 +366,11 @@ def load_agent_config(path: Path) -> AgentConfig:
                 update={"problems": _absolute(here, problems) if problems else ""}
             ),
             "model": config.model.model_copy(update={"base": base}),
-            "state": config.state.model_copy(
-                update={"folder": here / config.state.folder.expanduser()}
-            ),
+            "serve": config.serve.placed(here),
+            "state": config.state.model_copy(update={"folder": folder}),
         }
     )
+    return Layered(placed, sources)
 
 
 def _placed(here: Path, data: DataSection) -> DataSection:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from profiles.compat import file_digest
 from profiles.errors import MissingExtraError, SketchfleetError
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def base_digest(folder: Path) -> str:
         raise ModelError(f"{folder} has no .safetensors weights; pickled weights are not loaded")
     for path in files:
         with path.open("rb") as stream:
-            part = hashlib.file_digest(stream, "sha256")
+            part = file_digest(stream)
         whole.update(f"{path.name}\0{part.hexdigest()}\n".encode())
     return whole.hexdigest()
 
@@ -234,7 +235,7 @@ def dense_tensors(folder: Path, names: Sequence[str]) -> tuple[ModuleShape, ...]
     Raises `ModelError` on a module that has no weights of its own in the safetensors files, or
     weights of more than two dimensions.
     """
-    tensors = _tensors(folder) if names else {}  # else nobody asks what the files hold
+    tensors = stored_tensors(folder) if names else {}  # else nobody asks what the files hold
     shapes = {tensor: facts["shape"] for tensor, (_, facts, _) in tensors.items()}
     found = []
     for name in names:
@@ -262,7 +263,7 @@ def base_tensor(folder: Path, name: str) -> NDArray[np.float32]:
     """One weight of a base model, float32. Raises `ModelError`."""
     import numpy as np
 
-    tensors = _tensors(folder)
+    tensors = stored_tensors(folder)
     found = next((n for n in (name, _headless(name)) if n in tensors), None)
     if found is None:
         raise ModelError(f"{folder} holds no tensor {name}; is it the run's base?")
@@ -287,7 +288,7 @@ def _headless(name: str) -> str:
     return rest if first in ENCODERS else ""
 
 
-def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
     """(file, its entry in the header, where data begins) of every tensor of a base."""
     found: dict[str, tuple[Path, dict[str, Any], int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
