@@ -12,13 +12,13 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 from pydantic import TypeAdapter, ValidationError
 
+from profiles.compat import StrEnum
 from profiles.errors import SketchfleetError
 from profiles.model import ModuleShape
 

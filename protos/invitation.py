@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,11 +58,15 @@ class Invitation:
 
 
 def read_invitation(given: str) -> Invitation:
-    """A join file by its path, or a short form. Raises `InvitationError`."""
-    if found := SHORT_FORM.fullmatch(given.strip()):
+    """A join file by its path, or a short form; "-" for either on standard input.
+
+    Raises `InvitationError`.
+    """
+    piped = sys.stdin.read() if given == "-" else None
+    if found := SHORT_FORM.fullmatch((piped or given).strip()):
         return _checked(Invitation(SecretStr(found["token"]), found["address"], found["pin"]))
     try:
-        plain = json.loads(Path(given).read_text())
+        plain = json.loads(Path(given).read_text() if piped is None else piped)
         trust = str(plain["trust"]).encode()
         token, address = SecretStr(str(plain["token"])), str(plain["address"])
         return _checked(Invitation(token, address, pin_of(trust), trust))
@@ -71,8 +76,10 @@ def read_invitation(given: str) -> Invitation:
             "short form; make one with `sketchfleet-coordinator token create`"
         ) from error
     except (*UNREADABLE, KeyError, TypeError, RecursionError) as error:
+        source = "standard input" if given == "-" else given
         raise InvitationError(
-            f"{given} is no join file; copy the one of `sketchfleet-coordinator token create` whole"
+            f"{source} is no join file; copy the one of `sketchfleet-coordinator token create` "
+            "whole"
         ) from error
 
 

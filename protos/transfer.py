@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import IO
 
+from profiles.compat import file_digest
 from profiles.errors import SketchfleetError
 from protos import faults
 
@@ -45,7 +46,7 @@ def crc32(data: Buffer) -> int:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_digest(stream).hexdigest()
 
 
 def checksum_of(data: Buffer) -> int | None:

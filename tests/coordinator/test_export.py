@@ -10,14 +10,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator.config import RunConfig
-from coordinator.export import ExportError, export_peft, export_run, global_adapter
+from coordinator.export import export_run, global_adapter, whole_adapter
 from coordinator.lowrank import Bundle
 from coordinator.methods import METHODS, MethodOptions, ModuleState, make
 from coordinator.state import StateReader, StateWriter
 from coordinator.store.blobs import BlobStore
 from coordinator.store.rows import RunRecord
-from profiles.model import ModelError, ModuleShape, dense_tensors
+from profiles.model import ModelError, ModuleShape, base_digest, dense_tensors
 from protos.contract import AdapterSpec
+from protos.export_options import ExportError, Wanted
+from protos.peft_folder import write_peft
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -72,6 +74,15 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def export_peft(spec, adapter, folder, base_name, dense=None, base_folder=None) -> Path:
+    return write_peft(whole_adapter(spec, adapter, dense), folder, base_name, base_folder)
+
+
+def export(run, files, blobs, folder: Path) -> Path:
+    export_run(run, 3, files, blobs, Wanted(folder))
     return folder
 
 
@@ -179,7 +190,9 @@ def finished(tmp_path: Path, base_folder: Path):
     def of(method: str, *, side: int = 0, core: bool = False, dense: tuple[str, ...] = (),
            **options):  # fmt: skip
         base = str(base_folder)
-        spec = make_spec(base=base, dense=dense_tensors(base_folder, dense))
+        spec = make_spec(
+            base=base, base_digest=base_digest(base_folder), dense=dense_tensors(base_folder, dense)
+        )
         config = RunConfig.model_validate(
             {
                 "run": {"name": "run"},
@@ -224,7 +237,7 @@ def side_products(states: dict[str, ModuleState]) -> dict[str, np.ndarray]:
 def test_a_run_of_every_method_is_exported(tmp_path: Path, finished, method: str) -> None:
     core = "core" in make(method, MethodOptions(rank=RANK)).parts(1)
     run, files, blobs, states, _ = finished(method, core=core)
-    folder = export_run(run, files, blobs, tmp_path / "adapter")
+    folder = export(run, files, blobs, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     for name, state in states.items():
         up, down = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
@@ -235,7 +248,7 @@ def test_a_run_of_every_method_is_exported(tmp_path: Path, finished, method: str
 
 def test_a_core_is_multiplied_into_the_factors(tmp_path: Path, base_folder: Path, finished) -> None:
     run, files, blobs, states, _ = finished("fed-sb", core=True)
-    folder = export_run(run, files, blobs, tmp_path / "adapter")
+    folder = export(run, files, blobs, tmp_path / "adapter")
     dense = {
         n: s.adapter.scale * s.adapter.up.T @ s.core @ s.adapter.down for n, s in states.items()
     }
@@ -248,7 +261,7 @@ def test_a_branch_beside_the_base_becomes_further_rows(
     tmp_path: Path, base_folder: Path, finished, method: str
 ) -> None:
     run, files, blobs, states, _ = finished(method, side=7)
-    folder = export_run(run, files, blobs, tmp_path / "adapter")
+    folder = export(run, files, blobs, tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == RANK + 7
     own = products({name: state.product for name, state in states.items()})
     want = logits_by_hand(base_folder, own, side_products(states))
@@ -268,7 +281,7 @@ def test_tensors_trained_whole_are_added_to_the_base_and_load_with_stock_peft(
     assert [(t.name, t.out_features, t.in_features) for t in run.spec.dense] == [
         ("model.norm.weight", 1, HIDDEN), ("lm_head.weight", 64, HIDDEN)
     ]  # fmt: skip
-    folder = export_run(run, files, blobs, tmp_path / "adapter")
+    folder = export(run, files, blobs, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["lm_head", "model.norm"]
     dense = {name.removesuffix(".weight"): values for name, values in tensors.items()}
@@ -296,6 +309,34 @@ def test_a_bfloat16_base_is_read_for_its_dense_tensors(
     np.testing.assert_array_equal(got, base + tensors["lm_head.weight"])
 
 
+@pytest.mark.parametrize(("method", "side", "core"), [("fedit", 0, False), ("flora", 7, False),
+                                                      ("fed-sb", 0, True)])  # fmt: skip
+def test_every_form_is_of_the_same_model(
+    tmp_path: Path, base_folder: Path, finished, method: str, side: int, core: bool
+) -> None:
+    """A branch and a core are in merged weights and the GGUF file as in the PEFT folder."""
+    gguf = pytest.importorskip("gguf")
+    run, files, blobs, states, _ = finished(method, side=side, core=core)
+    said = {
+        form: export_run(run, 3, files, blobs, Wanted(tmp_path / form, form))
+        for form in ("peft", "merged", "gguf")
+    }
+    assert f"{len(states)} tensors changed" in said["merged"]
+    want = logits_by_peft(base_folder, tmp_path / "peft")
+    with torch.no_grad():
+        got = load(tmp_path / "merged", torch.float32)(input_ids=IDS).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    found = gguf.GGUFReader(tmp_path / "gguf")
+    assert found.get_field("sketchfleet.rounds").contents() == 3
+    tensors = {t.name: t.data for t in found.tensors}
+    a, b = (tensors[f"blk.1.ffn_down.weight.lora_{x}"] for x in "ab")
+    assert len(a) == RANK + side
+    state = states["model.layers.1.mlp.down_proj"]
+    whole = state.product.dense() + (state.side.dense() if state.side else 0)
+    alpha = found.get_field("adapter.lora.alpha").contents()
+    np.testing.assert_allclose(alpha / len(a) * b @ a, whole, atol=1e-5)
+
+
 def _file(blobs: BlobStore, blob):
     from coordinator.state import StateFile
 
@@ -307,7 +348,7 @@ def test_a_model_that_is_partly_at_home_is_not_exported_from_here(tmp_path: Path
     with pytest.raises(
         ExportError, match=r"fedsa-lora keeps up on the devices.*`sketchfleet-agent"
     ):
-        export_run(run, files, blobs, tmp_path / "adapter")
+        export(run, files, blobs, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
