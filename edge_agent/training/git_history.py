@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -29,6 +28,7 @@ from edge_agent.training.documents import (
     digest_of,
     unusable,
 )
+from profiles.compat import UTC, moment
 
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}.*")
 ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -188,7 +188,7 @@ class _Git:
         if not DATE.fullmatch(name):
             return self.commit(name, key)
         try:
-            when = datetime.fromisoformat(name)
+            when = moment(name)
         except ValueError as error:
             raise CorpusError(
                 f"{key} {name!r} is not a date; write 2026-03-31 or 2026-03-31T12:00+00:00"

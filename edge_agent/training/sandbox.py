@@ -106,7 +106,8 @@ def _jailed(job: str, token: str, limits: Limits) -> dict[str, Any]:
         os.write(write_end, token.encode())
         os.close(write_end)
         # No user site, no site packages, no bytecode written, no folder of the script in the path.
-        command = [sys.executable, "-s", "-S", "-B", "-P", str(JAIL), str(os.getpid())]
+        safe = ["-P"] if sys.version_info >= (3, 11) else []
+        command = [sys.executable, "-s", "-S", "-B", *safe, str(JAIL), str(os.getpid())]
         with subprocess.Popen(  # noqa: S603 - our own interpreter and our own file
             [*command, str(read_end)],
             stdin=subprocess.PIPE,

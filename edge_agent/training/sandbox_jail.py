@@ -27,6 +27,8 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn
 
+if sys.version_info < (3, 11):
+    del sys.path[0]  # the folder of this file, which -P leaves out from 3.11 on
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from edge_agent.training import sandbox_kernel as kernel
 from edge_agent.training import sandbox_system as system

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from coordinator.config import RunConfig
-from coordinator.export import export_peft
+from coordinator.export import whole_adapter
 from coordinator.lowrank import Bundle
 from coordinator.serve import build_spec
 from edge_agent.training.backbone import BackboneError, load_base
@@ -20,6 +20,7 @@ from edge_agent.training.documents import CorpusError, Document
 from edge_agent.training.slice import attached, read_parts, write_parts
 from protos.contract import to_plain
 from protos.head import head_tensors, initial_head
+from protos.peft_folder import write_peft
 from tests.edge_agent.training.rounds import (
     Device,
     at_start,
@@ -215,7 +216,7 @@ def test_an_exported_adapter_classifies_in_stock_peft_as_it_does_here(tmp_path, 
         for m in spec.modules
     }
     dense = {t.name: adapter[t.name]["dense"] for t in spec.dense}
-    out = export_peft(spec, bundles, tmp_path / "adapter", str(folder), dense, folder)
+    out = write_peft(whole_adapter(spec, bundles, dense), tmp_path / "adapter", str(folder), folder)
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     torch.manual_seed(99)  # whatever head stock draws, the adapter brings its own
     stock = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)

@@ -375,8 +375,6 @@ def test_a_profile_measures_two_sizes_and_what_the_base_holds(
     small = profile.small
     assert small is not None
     assert (small.micro_batch, small.sequence_tokens) == (2, 64), "fewer sequences first"
-    step_s = 8 * 64 / profile.tokens_per_s
-    assert 0 < small.step_s < step_s
     assert 0 < small.forward_s < small.step_s
     assert profile.baseline_bytes < profile.loaded_bytes <= small.peak_bytes
 

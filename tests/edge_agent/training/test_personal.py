@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 from edge_agent.training.backbone import load_base
 from edge_agent.training.evaluation import evaluate, spread
 from edge_agent.training.home import Home, HomeError, write_home
-from edge_agent.training.personal import export_personal
+from edge_agent.training.personal import own_adapter
 from edge_agent.training.workbench import DataSelection
 from protos.contract import AdapterSpec, Assignment, Payload
+from protos.peft_folder import write_peft
 from tests.edge_agent.training.rounds import (
     NORM,
     Device,
@@ -31,6 +32,12 @@ from tests.edge_agent.training.rounds import (
 )
 
 ROOT = Path(__file__).parents[3]
+
+
+def export_personal(home: Path, spec: AdapterSpec, base: str, out: Path) -> Path:
+    adapter = own_adapter(home, spec)
+    assert adapter is not None
+    return write_peft(adapter, out, base, Path(base) if adapter.dense else None)
 
 
 def stock_loss(device: Device, spec: AdapterSpec, task: Assignment, folder: Path) -> float:
@@ -59,7 +66,7 @@ def test_the_slice_with_its_personal_parts_loads_as_it_was_trained(
     folder = tmp_path / "out"
     assert export_personal(device.home, spec, str(device.base_folder), folder) == folder
     assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors",
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
     want = pytest.approx(loss_of(report, "slice", "trained"), rel=1e-5)
     assert stock_loss(device, spec, task, folder) == want
@@ -87,25 +94,20 @@ def test_dittos_adapter_goes_before_the_slice_with_core_branch_and_whole_tensors
     assert (config["r"], config["modules_to_save"]) == (K + 3, ["model.norm"])
 
 
-def test_what_cannot_be_exported_is_said_in_a_sentence(spec: AdapterSpec, tmp_path: Path) -> None:
+def test_what_is_of_no_use_is_said_in_a_sentence(spec: AdapterSpec, tmp_path: Path) -> None:
     home = tmp_path / "home"
     write_home(home, Home(residual=make_adapter(spec, spec.rank)), spec)
-    with pytest.raises(HomeError, match="no adapter of its own for run run"):
-        export_personal(home, spec, "base", tmp_path / "out")
+    assert own_adapter(home, spec) is None
     write_home(home, Home(alpha=16.0, personal=make_adapter(spec, 2)), spec)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(HomeError, match="already exists"):
-        export_personal(home, spec, "base", tmp_path / "out")
     with pytest.raises(HomeError, match="belongs to run run"):
-        export_personal(home, replace(spec, seed=5), "base", tmp_path / "out")
+        own_adapter(home, replace(spec, seed=5))
     home.write_bytes(b"rot")
     with pytest.raises(HomeError, match="cannot be read"):
-        export_personal(home, spec, "base", tmp_path / "other")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out"], "no half-made folders"
+        own_adapter(home, spec)
 
 
 def test_exporting_needs_no_torch(spec: AdapterSpec, tmp_path: Path) -> None:
-    code = "import edge_agent.training.personal, sys; assert 'torch' not in sys.modules"
+    code = "import edge_agent.adapters, protos.export_forms, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
