@@ -99,8 +99,22 @@ def restore(backup: Path, state: Path) -> Manifest:
             if sha256_of(path) != path.name:
                 raise BackupError(f"{backup}: blob {path.name[:12]} is damaged; use another backup")
         draft = state.with_name(f".{state.name}.restoring")
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(MANIFEST))
+        try:
+            _restore_into(draft, folder, manifest)
+        except BaseException:  # Ctrl-C too: it holds keys
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    if state.exists():
+        state.rmdir()
+    draft.rename(state)
+    sync_folder(state.parent)
+    return manifest
+
+
+def _restore_into(draft: Path, folder: Path, manifest: Manifest) -> None:
+    """Makes the state folder under another name, durably."""
+    shutil.rmtree(draft, ignore_errors=True)  # of a restore that was killed
+    shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(MANIFEST))
     for path in draft.rglob("*"):
         sync_file(path) if path.is_file() else sync_folder(path)
     sync_folder(draft)
@@ -109,11 +123,6 @@ def restore(backup: Path, state: Path) -> Manifest:
         Audit(records).record("restored", made_at=manifest.at, audit_link=manifest.audit_link)
     finally:
         records.close()
-    if state.exists():
-        state.rmdir()
-    draft.rename(state)
-    sync_folder(state.parent)
-    return manifest
 
 
 def _copy(state: Path, draft: Path) -> Manifest:

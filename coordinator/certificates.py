@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from coordinator.server_config import NameRule
+from profiles.compat import UTC
 from protos.identity import BACKDATED_S
 
 DAY_S = 86400.0
@@ -225,7 +226,7 @@ def _builder(
     lifetime_s: float,
 ) -> x509.CertificateBuilder:  # fmt: skip
     life = (at - BACKDATED_S, at + lifetime_s)
-    begins, ends = (dt.datetime.fromtimestamp(t, dt.UTC) for t in life)
+    begins, ends = (dt.datetime.fromtimestamp(t, UTC) for t in life)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -10,8 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator import identity_commands, operation_commands, screening_commands
-from profiles.errors import MissingExtraError, SketchfleetError
+from coordinator import (
+    identity_commands,
+    operation_commands,
+    plan_commands,
+    screening_commands,
+    service_commands,
+)
+from profiles.program import add_common, at_least, perform, settings_options
+from profiles.progress import progress
+from protos.export_options import add_export_options
 
 if TYPE_CHECKING:
     from coordinator.store.blobs import BlobStore
@@ -31,24 +39,27 @@ OWN_PACKAGES = frozenset(
 )  # of the coordinator's extra
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and option of the program."""
     parser = argparse.ArgumentParser(
         prog="sketchfleet-coordinator",
         description="Assigns, merges and measures federated LoRA rounds over a fleet of devices.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve the run described by run.toml until it ends")
-    serve.add_argument("--config", type=Path, default=Path("run.toml"), metavar="FILE")
+    settled = settings_options("run.toml")
+    serve = commands.add_parser(
+        "serve", parents=[settled], help="serve the run described by run.toml until it ends"
+    )
     serve.add_argument(
         "--replay", type=Path, metavar="FILE",
         help="use these recorded plans (from `runs NAME --plans`) instead of planning",
     )  # fmt: skip
 
     kept = argparse.ArgumentParser(add_help=False)
-    kept.add_argument("--state", type=Path, default=Path("state"), metavar="FOLDER",
-                      help="the [server] state folder (default: state)")  # fmt: skip
+    kept.add_argument("--state", type=Path, metavar="FOLDER",
+                      help="the coordinator's state (default: [server] state as `serve` here "
+                      "would have it)")  # fmt: skip
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
@@ -68,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         "ledger", parents=[kept], help="write a row per device and round of a run as a file"
     )
     ledger.add_argument("run", help="name of the run")
-    ledger.add_argument("--out", type=Path, required=True, metavar="FILE.parquet|.csv")
+    ledger.add_argument("--out", type=Path, required=True, metavar="FILE.parquet|.csv",
+                        help="where to; the ending says which format")  # fmt: skip
     dashboard = commands.add_parser(
         "dashboard", parents=[kept], help="show a run that nobody serves in the browser"
     )
@@ -76,54 +88,47 @@ def main(argv: list[str] | None = None) -> int:
     dashboard.add_argument("--listen", default="127.0.0.1:9464", metavar="ADDRESS:PORT",
                            help="of this machine alone (default: 127.0.0.1:9464)")  # fmt: skip
     export = commands.add_parser(
-        "export", parents=[kept], help="write the adapter of any round as a PEFT folder"
+        "export", parents=[kept], help="write the model of any round for PEFT, llama.cpp or merged"
     )
     export.add_argument("run", help="name of the run")
-    export.add_argument("--round", type=int, help="after so many rounds (default: the latest)")
-    export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    plan = commands.add_parser(
-        "plan", parents=[as_json], help="what a run would ask of a fleet that does not exist yet"
+    export.add_argument(
+        "--round", type=at_least(0), help="after so many rounds (default: the latest)"
     )
-    plan.add_argument(
-        "--model", metavar="MODEL", help="a config.json, a model folder, or a known name"
-    )
-    fleet = plan.add_mutually_exclusive_group()
-    fleet.add_argument("--fleet", type=Path, metavar="FILE", help="fleet.toml (docs/boards.md)")
-    fleet.add_argument("--devices", metavar="WORDS", help='"12 orin-nano-8gb on lte, 4 rtx-4090 '
-                       'on fibre"')  # fmt: skip
-    plan.add_argument("--run", type=Path, metavar="FILE", help="run.toml (default: its defaults)")
-    plan.add_argument("--picture", type=Path, metavar="PNG", help="also draw time and memory")
-    plan.add_argument("--list", action="store_true", help="known boards, links and models")
+    add_export_options(export)
+    plan_commands.add_commands(commands, as_json)
     identity_commands.add_commands(commands, kept, as_json)
     operation_commands.add_commands(commands, kept, as_json)
     screening_commands.add_commands(commands, kept, as_json)
-    args = parser.parse_args(argv)
-    try:
-        if "perform" in args:
-            return int(args.perform(args))
-        return int({"serve": _serve, "devices": _devices, "runs": _runs, "report": _report,
-                    "ledger": _ledger, "dashboard": _dashboard, "export": _export,
-                    "plan": _plan}[args.command](args))  # fmt: skip
-    except SketchfleetError as error:
-        print(f"sketchfleet-coordinator: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name not in OWN_PACKAGES:
-            raise
-        missing = MissingExtraError(str(error.name), "coordinator")
-        print(f"sketchfleet-coordinator: {missing}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader, say `head`, has seen enough
-        sys.stderr.close()
-        return 0
+    service_commands.add_commands(commands, settled)
+    add_common(parser, commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return perform(
+        "sketchfleet-coordinator", lambda: _command(make_parser().parse_args(argv)),
+        extra="coordinator", packages=OWN_PACKAGES,
+    )  # fmt: skip
+
+
+def _command(args: argparse.Namespace) -> int:
+    if getattr(args, "state", args) is None:
+        from coordinator.server_config import usual_state
+
+        args.state = usual_state()
+    if "perform" in args:
+        return int(args.perform(args))
+    return int({"serve": _serve, "devices": _devices, "runs": _runs, "report": _report,
+                "ledger": _ledger, "dashboard": _dashboard, "export": _export,
+               }[args.command](args))  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from coordinator.config import load_config
+    from coordinator.config import load_layers
+    from coordinator.server_config import find_run_toml
 
-    config = load_config(args.config)
+    config = load_layers(find_run_toml(args.config), args.set).settings
     import asyncio
     import os
 
@@ -134,7 +139,7 @@ def _serve(args: argparse.Namespace) -> int:
     from profiles.events import set_up_logging
 
     recorded = None if args.replay is None else load_recorded(args.replay)
-    set_up_logging()
+    set_up_logging(config.log.format, config.log.level)
     asyncio.run(serve(config, recorded))
     return 0
 
@@ -151,6 +156,7 @@ def _open(state: Path) -> tuple[Records, BlobStore]:
 
 
 def _devices(args: argparse.Namespace) -> int:
+    from profiles.progress import duration_words
     from protos.contract import to_plain
 
     records, _ = _open(args.state)
@@ -169,10 +175,11 @@ def _devices(args: argparse.Namespace) -> int:
             f"{p.compute.tokens_per_s:,.0f} tok/s" if p and p.compute else "-",
             f"{p.link.up_bps / 1e6:.2f} / {p.link.down_bps / 1e6:.2f} Mbit/s"
             if p and p.link else "-",
-            f"{time.time() - d.last_seen_at:.0f} s ago",
+            f"{duration_words(time.time() - d.last_seen_at)} ago",
             identity_commands.standing_words(known.get(d.device_id), time.time()),
         ])  # fmt: skip
-    _table(("device", "board", "for training", "compute", "up / down", "seen", "identity"), rows)
+    _table(("device", "board", "for training", "compute", "up / down", "seen", "identity"), rows,
+           "no device has joined yet; `token create` makes what one joins with")  # fmt: skip
     return 0
 
 
@@ -189,10 +196,12 @@ def _runs(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(plain, indent=2))
         else:
-            _table(tuple(plain[0]) if plain else ("run_id",),
-                   [[str(v) for v in r.values()] for r in plain])  # fmt: skip
+            _table(tuple(plain[0]) if plain else (),
+                   [[str(v) for v in r.values()] for r in plain],
+                   "no run was served from here yet")  # fmt: skip
         return 0
-    report = build_report(records, args.run)
+    with progress("reading the run"):
+        report = build_report(records, args.run)
     if args.plans:
         print(json.dumps(recorded_plans(records.assignments(args.run)), indent=1))
     elif args.json:
@@ -226,11 +235,13 @@ def _report(args: argparse.Namespace) -> int:
         from coordinator.run_report import check_suffix, run_results, write_report
 
         check_suffix(args.out)
-        write_report(run_results(_open(args.state)[0], args.run), args.out)
+        with progress("writing the report"):
+            write_report(run_results(_open(args.state)[0], args.run), args.out)
         print(args.out)
         return 0
     records, _ = _open(args.state)
-    report = build_report(records, args.run)
+    with progress("reading the run"):
+        report = build_report(records, args.run)
     if args.json:
         print(json.dumps(report.plain(), indent=2))
         return 0
@@ -254,7 +265,8 @@ def _ledger(args: argparse.Namespace) -> int:
     if records.run(args.run) is None:
         known = ", ".join(run.run_id for run in records.all_runs()) or "none"
         raise ServeError(f"no run {args.run!r} here; runs kept: {known}")
-    count = write_ledger(args.out, args.run, ledger_rows(records, args.run))
+    with progress("writing the ledger"):
+        count = write_ledger(args.out, args.run, ledger_rows(records, args.run))
     print(f"{args.out}: {count} rows")
     return 0
 
@@ -285,8 +297,10 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from coordinator.export import ExportError, export_run
+    from coordinator.export import export_run
+    from protos.export_options import ExportError, wanted_of
 
+    wanted_form = wanted_of(args)
     records, blobs = _open(args.state)
     run = records.run(args.run)
     found = None if run is None else records.model(args.run, args.round)
@@ -296,67 +310,16 @@ def _export(args: argparse.Namespace) -> int:
             f"there is no adapter of run {wanted}; `sketchfleet-coordinator runs` lists what "
             "there is"
         )
-    print(export_run(run, found[1], blobs, args.out))
+    with progress("exporting the adapter"):
+        written = export_run(run, found[0], found[1], blobs, wanted_form)
+    print(written)
     return 0
 
 
-def _plan(args: argparse.Namespace) -> int:
-    from coordinator import what_if_report as words
-    from coordinator.config import RunConfig, load_config
-    from coordinator.what_if import WhatIfError, what_if
-    from coordinator.what_if_fleet import parse_fleet, read_fleet
-    from profiles.models import find_model
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str | None = None) -> None:
+    from coordinator.tables import print_table
 
-    if args.list:
-        _table(words.BOARD_COLUMNS, words.board_table())
-        _table(words.LINK_COLUMNS, words.link_table())
-        _table(words.MODEL_COLUMNS, words.model_table())
-        return 0
-    config = None if args.run is None else load_config(args.run)
-    wanted = args.model or (config.model.base if config else None)
-    if wanted is None:
-        raise WhatIfError("no model to plan for; give --model, or --run with a [model] base")
-    if args.fleet is None and args.devices is None:
-        raise WhatIfError(
-            'no fleet to plan for; give --fleet, or --devices "12 orin-nano-8gb on lte"'
-        )
-    model, shape = find_model(wanted)
-    if config is None:
-        config = RunConfig.model_validate({"run": {"name": "plan"}, "model": {"base": model}})
-    groups = read_fleet(args.fleet) if args.devices is None else parse_fleet(args.devices)
-    found = what_if(model, shape, config, groups)
-    if args.picture is not None and found.devices:
-        from coordinator.what_if_picture import plan_picture
-
-        plan_picture(found, args.picture)
-    if args.json:
-        print(json.dumps(words.plain(found), indent=2))
-        return 0 if found.devices else 1
-    print(words.headline(found), end="\n\n")
-    if found.devices:
-        _table(words.GROUP_COLUMNS, words.group_table(found))
-        if budgets := words.budget_table(found):
-            print()
-            _table(words.BUDGET_COLUMNS, budgets)
-        print("\n".join(["", *words.round_lines(found), ""]))
-        _table(words.DAY_COLUMNS, words.day_table(found))
-        print("\n".join([*words.allowance_lines(found), "", "What binds:",
-                         *words.reason_lines(found)]))  # fmt: skip
-    if left_out := words.left_out_lines(found):
-        print("\n".join(["", "Left out:", *left_out]))
-    if args.picture is not None and found.devices:
-        print(f"\n{args.picture}")
-    if not found.devices:
-        raise WhatIfError("no device can take part in a round; the reasons are above")
-    return 0
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-
-    from coordinator.tables import table
-
-    Console().print(table(columns, rows))
+    print_table(columns, rows, empty)
 
 
 def _number(value: Any, form: str) -> str:

@@ -29,7 +29,9 @@ from coordinator.restore import rebuilt
 from coordinator.screened_rounds import ScreenedRounds
 from coordinator.state import write_initial
 from coordinator.store.blobs import BlobStore, UnknownBlobError
+from coordinator.store.members import revoked_members
 from coordinator.store.records import Records
+from profiles.compat import timeout
 from profiles.device import DeviceProfile
 from profiles.model import ModelShape
 from protos import faults
@@ -99,6 +101,7 @@ class Engine:
         self._planning = self._draining = False
         self._refused: set[str] = set()  # uploads of which the audit log tells
         self._begun: set[tuple[str, str]] = set()  # what devices began to fetch from here
+        self.ticks = 0  # a service manager sees by them that the run is looked after
         self.progress: dict[str, Progress] = {}  # the newest of each device, while it works
         self._untold: set[str] = set()  # devices that do not know yet that the run is finished
         self._issuer = Issuer(
@@ -165,16 +168,21 @@ class Engine:
         noted = 0.0
         while self.state.phase != "finished":
             now = self._clock()
-            for device in [d for d in self._ready if now - self._seen[d] > LOST_AFTER_S]:
+            self.ticks += 1
+            gone = {d: "device lost" for d in self._ready if now - self._seen[d] > LOST_AFTER_S}
+            if now - noted > 5:  # `revoke` is another process, so nobody tells
+                shut_out = self._ready & revoked_members(self._records)
+                gone |= dict.fromkeys(shut_out, "device revoked")
+            for device, why in gone.items():
                 self._ready.discard(device)
-                log.warning("device lost", extra={"device_id": device})
+                log.warning(why, extra={"device_id": device})
                 self._feed(rounds.DeviceLost(now, device))
             self._feed(rounds.Tick(now))
             if now - noted > 5:
                 self._records.alive(self.spec.run_id, now)
                 noted = now
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.5):  # 3.11's wait_for may swallow a cancellation
+                async with timeout(0.5):  # 3.11's wait_for may swallow a cancellation
                     await self._changed.wait()
             if self._failure is not None:
                 raise self._failure
@@ -347,7 +355,7 @@ class Engine:
                 why = self._left_out.get(device_id) or self._screening.told(device_id)
                 return Task("wait", self.spec, message=why)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
+                async with timeout(left):
                     await changed.wait()
 
     def _task_now(self, device_id: str, working_on: str) -> Task | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from profiles.errors import SketchfleetError
+from profiles.program import at_least
 
 if TYPE_CHECKING:
     from coordinator.authority import Authority
@@ -50,11 +51,11 @@ def add_commands(commands: Any, kept: argparse.ArgumentParser, as_json: Any) -> 
 
     token = commands.add_parser("token", help="create, list or revoke join tokens")
     actions = token.add_subparsers(dest="action", required=True, metavar="ACTION")
-    create = actions.add_parser("create", parents=[kept], help="make a join token")
+    create = actions.add_parser("create", parents=[kept, as_json], help="make a join token")
     create.add_argument("--name", metavar="DEVICE", help="only a device of this name may use it")
     create.add_argument("--ttl", type=_duration, default=86400.0, metavar="TIME",
                         help="how long it may be used: 30m, 24h, 7d (default: 24h)")  # fmt: skip
-    create.add_argument("--uses", type=int, default=1, metavar="N",
+    create.add_argument("--uses", type=at_least(1), default=1, metavar="N",
                         help="how many devices may join with it (default: 1)")  # fmt: skip
     create.add_argument("--address", metavar="HOST:PORT",
                         help="of the enrolment listener as devices reach it (default: the first "
@@ -193,22 +194,26 @@ def _create(args: argparse.Namespace) -> int:
     from protos.invitation import Invitation, InvitationError, pin_of
     from protos.transfer import write_durably
 
-    if args.uses < 1:
-        raise CommandError("--uses must be 1 or more")
     with _enrolment(args.state) as enrolment:
         authority = enrolment.authority
         address = args.address or _default_address(authority)
         pin, trust = pin_of(authority.trust), authority.trust
         token = enrolment.create_token(name=args.name, ttl_s=args.ttl, uses=args.uses)
     invitation = Invitation(token, address, pin, trust)
-    if args.out is None:
-        print(invitation.short_form)
+    if args.out is not None:
+        try:
+            write_durably(args.out, invitation.to_json().encode(), mode=0o600)
+        except OSError as error:
+            raise InvitationError(f"{args.out} cannot be written: {error.strerror}") from error
+    if args.json:
+        print(json.dumps({
+            "id": token.get_secret_value().partition(".")[0], "device": args.name,
+            "uses": args.uses, "expires_in_s": args.ttl, "address": address, "pin": pin,
+            "file": None if args.out is None else str(args.out), "word": invitation.short_form,
+        }, indent=2))  # fmt: skip
         return 0
-    try:
-        write_durably(args.out, invitation.to_json().encode(), mode=0o600)
-    except OSError as error:
-        raise InvitationError(f"{args.out} cannot be written: {error.strerror}") from error
-    print(args.out)
+    if args.out is not None:
+        print(args.out)
     print(invitation.short_form)
     return 0
 
@@ -232,16 +237,15 @@ def _tokens(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plain, indent=2))
         return 0
-    from rich.console import Console
+    from coordinator.tables import print_table
 
-    from coordinator.tables import table
-
-    Console().print(table(
+    print_table(
         ("id", "for device", "uses left", "expires in", "state"),
         [[str(t["id"]), str(t["device"] or "any"), f"{t['uses_left']} of {t['uses']}",
           f"{max(0.0, float(str(t['expires_in_s']))) / 3600:.1f} h", str(t["state"])]
          for t in plain],
-    ))  # fmt: skip
+        "no token was made yet",
+    )  # fmt: skip
     return 0
 
 

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coordinator.ledger_types import LedgerRow
 from profiles.errors import MissingExtraError, SketchfleetError
+from profiles.files import replacing
 
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".csv")
@@ -156,14 +157,11 @@ def _require(path: Path, wanted: Iterable[str], found: Iterable[str]) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` that takes its place once it is written."""
-    temporary = path.with_name(f".{path.name}.part")
+    """As `replacing`. Raises `LedgerFileError`."""
     try:
-        yield temporary
-        temporary.replace(path)
+        with replacing(path) as draft:
+            yield draft
     except OSError as error:
         raise LedgerFileError(
             f"{path} cannot be written ({error.strerror}); choose another place"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

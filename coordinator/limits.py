@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from profiles.compat import uncancel
 from protos.contract import Reason, RefusalError
 
 HOLD_S = 5.0  # a call is kept waiting at most
@@ -165,7 +166,7 @@ class Limits:
         except asyncio.CancelledError:
             if task not in self._ended:
                 raise
-            task.uncancel()
+            uncancel(task)
             raise slow_down("the call took too long, or newer ones took its place", 1.0) from None
         finally:
             self._ended.discard(task)

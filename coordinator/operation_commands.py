@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from profiles.progress import progress
 
 
 def add_commands(commands: Any, kept: argparse.ArgumentParser, as_json: Any) -> None:
     """Registers them. kept, as_json: parents with --state and --json."""
     backup = commands.add_parser(
-        "backup", parents=[kept], help="copy the state folder, whether a coordinator serves or not"
-    )
+        "backup", parents=[kept, as_json],
+        help="copy the state folder, whether a coordinator serves or not",
+    )  # fmt: skip
     backup.add_argument("target", type=Path, metavar="FOLDER|FILE.tar")
     backup.set_defaults(perform=_backup)
 
@@ -35,7 +39,11 @@ def add_commands(commands: Any, kept: argparse.ArgumentParser, as_json: Any) -> 
 def _backup(args: argparse.Namespace) -> int:
     from coordinator.backup import back_up
 
-    made = back_up(state_folder(args.state), args.target)
+    with progress("backing up"):
+        made = back_up(state_folder(args.state), args.target)
+    if args.json:
+        print(json.dumps({"target": str(args.target), **asdict(made)}, indent=2))
+        return 0
     print(
         f"{args.target}: {made.blobs} blobs, {made.size_bytes / 1e6:.1f} MB, audit log of "
         f"{made.audit_rows} rows up to {made.audit_link[:16]}"
@@ -46,7 +54,8 @@ def _backup(args: argparse.Namespace) -> int:
 def _restore(args: argparse.Namespace) -> int:
     from coordinator.backup import restore
 
-    made = restore(args.backup, args.state)
+    with progress("checking and restoring"):
+        made = restore(args.backup, args.state)
     runs = ", ".join(f"{run} after {n} rounds" for run, n in made.rounds.items()) or "no run"
     print(f"{args.state}: {runs}, as of {_stamp(made.at)}")
     return 0
@@ -67,7 +76,8 @@ def _audit(args: argparse.Namespace) -> int:
             for e in entries:
                 facts = "  ".join(f"{k}={_plain(v)}" for k, v in e.facts.items())
                 print(f"{_stamp(e.at)}  {e.event}  {facts}")
-        rows, link = log.check()
+        with progress("checking the chain of the audit log"):
+            rows, link = log.check()
     finally:
         records.close()
     if not args.json:
@@ -96,11 +106,13 @@ def _plain(value: Any) -> str:
 
 
 def _time(text: str) -> float:
+    from profiles.compat import moment
+
     units = {"m": 60.0, "h": 3600.0, "d": 86400.0}
     try:
         if text[-1:] in units and text[:-1].replace(".", "", 1).isdigit():
             return time.time() - float(text[:-1]) * units[text[-1]]
-        return datetime.fromisoformat(text).timestamp()
+        return moment(text).timestamp()
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no time; write 2026-11-22, 2026-11-22T14:00, or 24h"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from coordinator.association import Association
@@ -31,6 +30,7 @@ from coordinator.web.words import (
     signed,
     size,
 )
+from profiles.program import version
 
 DIGITS = {"Jain": 4, "Gini": 4, "Theil T": 5, "Atkinson": 5}  # near 1 or 0 for alike devices
 OF_MACHINES = ("server", "web")  # sections of run.toml that say where, not what
@@ -118,7 +118,7 @@ def _what_ran(report: RunReport, found: RunFairness) -> tuple[Part, ...]:
         ("seed", str(c["run"]["seed"])),
         ("started", moment(run.created_at)),
         ("finished", moment(run.finished_at) if run.finished_at else "not yet"),
-        ("reported with", f"sketchfleet {_version()}"),
+        ("reported with", f"sketchfleet {version()}"),
     ]  # fmt: skip
     told = {name: section for name, section in c.items() if name not in OF_MACHINES}
     return (
@@ -368,13 +368,6 @@ def _method(config: Mapping[str, Any]) -> str:
 
 def _plain_number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
-
-
-def _version() -> str:
-    try:
-        return version("sketchfleet")
-    except PackageNotFoundError:  # run from a source tree
-        return "from a source tree"
 
 
 def _difference(one: float | None, other: float | None) -> float | None:

@@ -16,6 +16,7 @@ from coordinator.run_document import run_document
 from coordinator.run_fairness import RunFairness, run_fairness
 from coordinator.run_statements import Statement, statements
 from coordinator.store.records import Records
+from profiles.files import replacing
 
 SUFFIXES = (".html", ".md", ".json")
 
@@ -74,6 +75,7 @@ def write_report(results: RunResults, path: Path) -> None:
         document = run_document(results.report, results.fairness, results.statements)
         text = html(document) if suffix == ".html" else markdown(document)
     try:
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as draft:
+            draft.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror}") from error

@@ -49,11 +49,9 @@ def _release(args: argparse.Namespace) -> int:
 
 
 def _quarantine(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from coordinator.store.records import Records
     from coordinator.store.screenings import Screenings
-    from coordinator.tables import table
+    from coordinator.tables import print_table
 
     records = Records(state_folder(args.state) / "coordinator.sqlite")
     try:
@@ -61,14 +59,12 @@ def _quarantine(args: argparse.Namespace) -> int:
     finally:
         records.close()
     if args.json:
-        for one in held:
-            print(json.dumps({
-                "device": one.device_id, "since_round": one.round, "reason": one.reason,
-                "clean_rounds": one.clean, "needed": one.needed,
-            }))  # fmt: skip
+        plain = [{"device": one.device_id, "since_round": one.round, "reason": one.reason,
+                  "clean_rounds": one.clean, "needed": one.needed} for one in held]  # fmt: skip
+        print(json.dumps(plain, indent=2))
     elif held:
         rows = [(o.device_id, str(o.round), f"{o.clean} of {o.needed}", o.reason) for o in held]
-        Console().print(table(("device", "since round", "clean rounds", "reason"), rows))
+        print_table(("device", "since round", "clean rounds", "reason"), rows)
     else:
         print("no device is in quarantine")
     return 0

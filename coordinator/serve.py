@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import sqlalchemy
 
@@ -24,7 +25,7 @@ from coordinator.planner import DevicePlan
 from coordinator.store.blobs import BlobStore
 from coordinator.store.database import locked
 from coordinator.store.records import Records
-from profiles.errors import SketchfleetError
+from profiles.errors import ExitCode, SketchfleetError
 from profiles.model import (
     ModelShape,
     ModuleShape,
@@ -33,16 +34,25 @@ from profiles.model import (
     read_shape,
     resolve_base,
 )
+from profiles.progress import progress
+from profiles.service_manager import Progress, ServiceManager
 from protos.contract import AdapterSpec, Classification, from_plain
 
 log = logging.getLogger("sketchfleet.coordinator")
 
 DRAIN_S = 20.0  # for uploads and a merge under way when told to stop
 FAREWELL_S = 30.0  # how long a finished run waits to tell the devices so
+LONGEST_SILENCE_S = 60.0  # of a run that ticks twice a second
 
 
 class ServeError(SketchfleetError):
     """The coordinator cannot start."""
+
+
+class ServedError(ServeError):
+    """Another coordinator serves from the state folder."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.LATER
 
 
 def open_state(state: Path) -> tuple[Records, BlobStore]:
@@ -120,7 +130,7 @@ def _alone(state: Path) -> Iterator[None]:
     """Holds the state folder for this process."""
     with locked(state) as alone:
         if not alone:
-            raise ServeError(f"another coordinator already serves from {state}; stop it first")
+            raise ServedError(f"another coordinator already serves from {state}; stop it first")
         yield
 
 
@@ -182,6 +192,12 @@ def _told_to_stop() -> asyncio.Event:
     return stop
 
 
+def _status(engine: Engine) -> str:
+    """For the service manager."""
+    state, of = engine.state, engine.config.run.rounds
+    return f"{engine.spec.run_id}: round {state.round} of {of}, {state.phase}"
+
+
 async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
     """Runs the coordinator until the run is finished or it is told to stop.
 
@@ -192,7 +208,8 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
     from coordinator.web.server import dashboard
 
     folder = resolve_base(config.model.base, config.model.revision or None)
-    spec, shape = build_spec(config, folder)
+    with progress("reading the base model"):
+        spec, shape = build_spec(config, folder)
     state = config.server.state
     records, blobs = open_state(state)
     with _alone(state):
@@ -216,16 +233,21 @@ async def serve(config: RunConfig, recorded: Recorded | None = None) -> None:
                     "dashboard": address,
                 },
             )
+            manager, gets_on = ServiceManager(), Progress(lambda: engine.ticks, LONGEST_SILENCE_S)
+            manager.ready(_status(engine))
             driving = asyncio.create_task(engine.run())
+            pulse = asyncio.create_task(manager.keep_alive(gets_on, lambda: _status(engine)))
             try:
                 with _disk_told(state):
                     await _drive(engine, driving, stop)
+                manager.stopping(f"stopping in {_status(engine)}")
                 if not driving.done():
                     log.info("stopping", extra={"round": engine.state.round, "at_most_s": DRAIN_S})
                     until = time.monotonic() + DRAIN_S
                     await engine.drain(DRAIN_S)
                     await server.stop(grace=max(0.0, until - time.monotonic()))
             finally:
+                pulse.cancel()
                 driving.cancel()
                 await server.stop(grace=2)
     records.close()

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from coordinator.connections import Connections, Peer, network_of, peer_of
 from coordinator.limits import HOLD_S, SILENT_S, Device, FloodError, Limits
+from profiles.compat import timeout
 from protos.contract import ContractError, Reason, RefusalError
 
 log = logging.getLogger("sketchfleet.coordinator")
@@ -69,7 +70,7 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self.connections.ports = ports
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP_S):
+                async with timeout(SWEEP_S):
                     await self._alarm.wait()
             self._alarm.clear()
             doomed, self._doomed = self._doomed, set()
@@ -112,7 +113,7 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         incoming = aiter(messages)
         while True:
             try:
-                async with asyncio.timeout(SILENT_S):
+                async with timeout(SILENT_S):
                     message = await anext(incoming, None)
             except TimeoutError:
                 raise RefusalError(

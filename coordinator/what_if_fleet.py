@@ -41,8 +41,11 @@ class GroupSection(Section):
     """Devices of one kind on links of one kind. What is not given is as the catalogues have it."""
 
     count: int
+    """How many devices."""
     board: str
+    """Of the catalogue (`docs/boards.md`)."""
     link: str
+    """Of the catalogue of links."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
     """The board's name when not given."""
     memory_mb: Annotated[int, Field(ge=64)] | None = None
@@ -52,8 +55,11 @@ class GroupSection(Section):
     daily_mb: Rate | None = None
     """What the owner lets the link carry a day, both ways together."""
     up_bps: Rate | None = None
+    """From the device, instead of the link's."""
     down_bps: Rate | None = None
+    """To the device, instead of the link's."""
     rtt_s: Rate | None = None
+    """There and back, instead of the link's."""
 
 
 class FleetFile(Section):

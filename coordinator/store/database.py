@@ -12,12 +12,12 @@ import fcntl
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sql
 
 from coordinator.store.schema import META
-from profiles.errors import SketchfleetError
+from profiles.errors import ExitCode, SketchfleetError
 from protos.transfer import move_durably
 
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -27,6 +27,12 @@ LOCK = "lock"  # beside the database; whoever serves holds it
 
 class StoreError(SketchfleetError):
     """The state folder cannot be used."""
+
+
+class StoreBusyError(StoreError):
+    """A coordinator serves from the state folder; what is asked for waits until it ends."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.LATER
 
 
 def revisions() -> list[str]:
@@ -111,7 +117,7 @@ def _migrate(engine: sql.Engine, path: Path, found: str) -> None:
     """Carries the newer revisions out in one transaction, after a copy was put beside it."""
     with locked(path.parent) as alone:
         if not alone:
-            raise StoreError(
+            raise StoreBusyError(
                 f"{path} is of an earlier version and a coordinator serves from it; stop that one "
                 "before this version opens it"
             )

@@ -205,3 +205,10 @@ class Members:
                 fingerprint=fingerprint, device_id=device_id, generation=generation, issued_at=at,
                 expires_at=expires_at,
             ))  # fmt: skip
+
+
+def revoked_members(records: Records) -> frozenset[str]:
+    """Names of the devices that are shut out."""
+    with records.transaction() as db:
+        rows = db.execute(sql.select(members.c.device_id).where(members.c.state == "revoked"))
+        return frozenset(rows.scalars())

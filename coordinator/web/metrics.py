@@ -11,7 +11,6 @@ import math
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -30,6 +29,7 @@ from coordinator.web.facts import FactReader, Facts
 from coordinator.web.pages.fairness import summaries, tier_means
 from coordinator.web.pages.standing import Standing, standings
 from coordinator.web.pages.warnings import ALERT_KINDS, counts
+from profiles.program import version
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 MOST_DEVICES = 50
@@ -82,7 +82,7 @@ def _run(facts: Facts, found: Sequence[Standing]) -> Iterator[Metric]:
     info = InfoMetricFamily("sketchfleet_run", "What the coordinator serves.")
     info.add_metric([], {
         "run": facts.run.run_id, "method": str(facts.run.config["method"]["name"]),
-        "version": _version(), "python": platform.python_version(),
+        "version": version(), "python": platform.python_version(),
     })  # fmt: skip
     yield info
     state = None if facts.live is None else facts.live.state
@@ -214,10 +214,3 @@ def _gauge(name: str, what: str, value: float) -> Metric:
 
 def _counter(name: str, what: str, value: float) -> Metric:
     return CounterMetricFamily(f"sketchfleet_{name}", what, value=value)
-
-
-def _version() -> str:
-    try:
-        return version("sketchfleet")
-    except PackageNotFoundError:
-        return "unknown"

@@ -72,3 +72,18 @@ def test_a_time_that_cannot_be_read_is_told(state, capsys):
     with pytest.raises(SystemExit):
         main(["audit", "--since", "yesterday", "--state", str(state)])
     assert "'yesterday' is no time; write 2026-11-22" in capsys.readouterr().err
+
+
+def test_a_restore_that_is_interrupted_leaves_no_keys_about(state, tmp_path, capsys, monkeypatch):
+    assert main(["backup", str(tmp_path / "b"), "--state", str(state)]) == 0
+
+    def interrupted(source, draft, **_):
+        draft.mkdir()
+        (draft / "key.pem").write_text("half of a key")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coordinator.backup.shutil.copytree", interrupted)
+    (tmp_path / "new").mkdir()
+    again = tmp_path / "new" / "state"
+    assert main(["restore", str(tmp_path / "b"), "--state", str(again)]) == 130
+    assert not any((tmp_path / "new").iterdir())

@@ -15,6 +15,7 @@ from coordinator.connections import ANONYMOUS_S, MOST_OF_DEVICE, Connections, ne
 from coordinator.limits import CALLS
 from edge_agent import link as link_module
 from edge_agent.link import Link, LinkError, RefusedError
+from profiles.compat import wait_for
 from protos.contract import Reason
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.status import reason_of, retry_after_s, status_of
@@ -188,7 +189,7 @@ async def test_bytes_of_an_update_are_counted_however_often_it_is_begun(
             path = device.folder / "garbage"
             path.write_bytes(garbage)
             try:
-                await asyncio.wait_for(device.push(a, path), 1)
+                await wait_for(device.push(a, path), 1)
             except TimeoutError:
                 reasons.append("waits")
                 break

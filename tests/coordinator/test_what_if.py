@@ -310,6 +310,10 @@ def test_the_command_lists_the_catalogues(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     for words in ("orin-nano-super-8gb", "cannot train", "satellite-leo", "codellama/CodeLlama-7b"):
         assert words in out
+    assert main(["plan", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert "orin-nano-super-8gb" in {board["name"] for board in listed["boards"]}
+    assert {"satellite-leo"} <= {link["name"] for link in listed["links"]} and listed["models"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +338,7 @@ def test_what_cannot_be_planned_is_one_sentence_and_a_bad_exit(
     arguments: list[str], words: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", *arguments]) == 1
+    assert main(["plan", *arguments]) == (78 if "--run" in arguments else 1)
     said = capsys.readouterr()
     assert words in said.err and said.err.count("\n") == 1
     assert said.err.startswith("sketchfleet-coordinator: ")

@@ -114,9 +114,29 @@ def test_every_query_of_the_grafana_dashboard_names_an_existing_metric(make_run)
     for query in queries:
         assert metric_names(query) and metric_names(query) <= known, query
     for variable in board["templating"]["list"]:
-        assert set(re.findall(r"sketchfleet_\w+", variable["query"]["query"])) <= known
+        assert set(re.findall(r"sketchfleet_\w+", json.dumps(variable["query"]))) <= known
     assert board["id"] is None and len({p["id"] for p in board["panels"]}) == len(board["panels"])
-    assert {i["name"] for i in board["__inputs"]} == {"DS_PROMETHEUS"}
+
+
+@needs_promtool
+def test_every_query_of_the_grafana_dashboard_is_one_to_prometheus(tmp_path):
+    board = json.loads((DEPLOY / "grafana" / "sketchfleet.json").read_text())
+    queries = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+    plain = [q.replace("$__rate_interval", "5m").replace("$__range", "1h") for q in queries]
+    rules = [{"record": f"q:{n}", "expr": re.sub(r"\$\w+", "x", q)} for n, q in enumerate(plain)]
+    (tmp_path / "rules.json").write_text(json.dumps({"groups": [{"name": "q", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", str(tmp_path / "rules.json")],
+                          check=False, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_part_of_the_grafana_dashboard_asks_the_data_source_that_is_chosen():
+    text = (DEPLOY / "grafana" / "sketchfleet.json").read_text()
+    board = json.loads(text)
+    chosen = board["templating"]["list"][0]
+    assert chosen["type"] == "datasource" and chosen["name"] == "datasource"
+    assert set(re.findall(r'"uid": "(\$[^"]*)"', text)) == {"${datasource}"}
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in board["panels"])
 
 
 def test_every_alert_rule_names_an_existing_metric_and_kind(make_run):
@@ -140,6 +160,7 @@ def test_the_documentation_names_what_there_is_and_all_of_it(make_run):
 @pytest.mark.parametrize(
     "arguments",
     [("check", "rules", "sketchfleet.rules.yml"), ("check", "config", "prometheus.yml"),
+     ("check", "config", "--syntax-only", "compose.yml"),
      ("test", "rules", "sketchfleet.tests.yml")],
 )  # fmt: skip
 def test_promtool_accepts_what_is_deployed(arguments):
