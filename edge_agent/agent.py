@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import math
 import re
@@ -26,6 +25,7 @@ from edge_agent.activity import Activity
 from edge_agent.bases import Bases
 from edge_agent.config import AgentConfig
 from edge_agent.failures import OWNER_MUST_ACT, BudgetError, failed, is_of_disk
+from edge_agent.held import keep
 from edge_agent.journal import Entry, Journal
 from edge_agent.link import LinkError, RefusedError
 from edge_agent.machine import Machine
@@ -41,6 +41,7 @@ from edge_agent.training.connectors import require_usable
 from edge_agent.watch import RoundWatch
 from profiles.errors import SketchfleetError
 from profiles.model import ModelError
+from profiles.program import version
 from protos import faults
 from protos.codecs import PackingError
 from protos.contract import (
@@ -80,14 +81,6 @@ class AgentError(SketchfleetError):
 
 class DamagedError(SketchfleetError):
     """What a device trained from rotted meanwhile."""
-
-
-def version() -> str:
-    """The installed version of Sketchfleet."""
-    try:
-        return importlib.metadata.version("sketchfleet")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -348,6 +341,8 @@ class Agent:
         await self._fetch(assignment)
         faults.point("agent.fetched", self.folder / "work" / assignment.assignment_id)
         await self._take_mirror(spec, assignment)
+        mirror = self.mirror.path if assignment.mirror is not None else None
+        await asyncio.to_thread(keep, self.folder, spec, assignment, mirror)
         self._charge()
         fetch_s, fetched = time.monotonic() - begun, self.link.fetched_bytes - before
         resumes, resent = self.link.resumes - resumes, self.link.resent_bytes - resent

@@ -21,6 +21,7 @@ from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.membership import MembershipError
 from edge_agent.returning import enroll_again
 from edge_agent.signing import fresh_key
+from profiles.compat import wait_for
 from protos.contract import Reason
 
 log = logging.getLogger("sketchfleet.agent")
@@ -96,7 +97,7 @@ class CertifiedMembership:
         self._heed()
         await self._link.secure(self._identity.credentials)
         try:
-            await asyncio.wait_for(self._link.ping(), PROOF_S)
+            await wait_for(self._link.ping(), PROOF_S)
         except (RefusedError, LinkError, TimeoutError) as error:
             log.warning("the fresh certificate got no answer, the old one stays: %s", error)
             self._identity.reject()

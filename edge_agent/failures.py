@@ -5,19 +5,20 @@ The sentence travels, so it never holds paths or text of this device.
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 
 from edge_agent.trainer_process import TrainerError
-from profiles.errors import SketchfleetError
+from profiles.errors import DISK_ERRORS, SketchfleetError
 from profiles.model import ModelError
 from protos.contract import Assignment, LocalReport, Outcome, from_plain
 
 OWNER_MUST_ACT = ("no_data", "base_mismatch")  # trying again next round would fail alike
 
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-SQLITE_DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
+SQLITE_DISK_ERRORS = {  # sqlite.org/rescode.html; before Python 3.11 told in words only
+    13: "database or disk is full",
+    10: "disk I/O error",
+    8: "attempt to write a readonly database",
+}
 
 
 class BudgetError(SketchfleetError):
@@ -28,7 +29,10 @@ def is_of_disk(error: OSError | sqlite3.Error) -> bool:
     """Whether a disk that is full, read-only or failing says so, which may pass."""
     if isinstance(error, OSError):
         return error.errno in DISK_ERRORS
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DISK_ERRORS
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        return str(error) in SQLITE_DISK_ERRORS.values()
+    return code & 0xFF in SQLITE_DISK_ERRORS
 
 
 def failed(assignment: Assignment, error: TrainerError | ModelError | BudgetError) -> LocalReport:

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import grpc
 
@@ -23,8 +23,9 @@ from edge_agent.link_estimate import Direction, Stretch, Transfer
 from edge_agent.link_probe import Echo, measure
 from edge_agent.pace import Pace
 from edge_agent.push_stream import STALL_S, PushStream
+from profiles.compat import timeout
 from profiles.device import DeviceProfile
-from profiles.errors import SketchfleetError
+from profiles.errors import ExitCode, SketchfleetError
 from profiles.link import LinkProfile
 from protos.chunk import read_chunk
 from protos.contract import BlobRef, LocalReport, Progress, Reason, to_message
@@ -82,6 +83,8 @@ _BULK_OPTIONS = [
 
 class LinkError(SketchfleetError):
     """The coordinator cannot be reached."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.LATER
 
 
 class BusyError(LinkError):
@@ -285,7 +288,7 @@ class Link:
             stretch, latest = Stretch("down"), 0
             try:
                 while part.length < blob.size_bytes:
-                    async with asyncio.timeout(silent_s):
+                    async with timeout(silent_s):
                         message = await stream.read()
                     if message is grpc.aio.EOF:  # type: ignore[attr-defined]
                         break

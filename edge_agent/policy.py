@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from edge_agent.readings import Readings
+from profiles.compat import StrEnum
 from profiles.settings import Section
 
 HALF = 0.5  # of the time

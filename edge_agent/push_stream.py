@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from edge_agent.pace import Pace
+from profiles.compat import timeout
 from protos.chunk import Chunk, chunk_message, message_of_file
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.transfer import CHUNK_BYTES, CHUNK_S, ChunkSize, TransferError
@@ -135,5 +136,5 @@ class PushStream:
         return min(MOST_WINDOW_BYTES, max(LEAST_WINDOW_BYTES, wanted))
 
     async def _within(self, step: Any) -> Any:
-        async with asyncio.timeout(STALL_S):
+        async with timeout(STALL_S):
             return await step

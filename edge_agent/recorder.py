@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.access import address_of, membership, open_link
-from edge_agent.agent import version
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError
+from profiles.compat import wait_for
 from profiles.errors import SketchfleetError
+from profiles.program import version
 from profiles.trace import LinkState, write_trace
 
 CONNECTIONS = 4
@@ -63,9 +64,7 @@ class RealLink:
         """Seconds of a handshake; None when there was no answer."""
         begun = time.monotonic()
         try:
-            _, writer = await asyncio.wait_for(
-                asyncio.open_connection(*self._place), timeout=patience_s
-            )
+            _, writer = await wait_for(asyncio.open_connection(*self._place), patience_s)
         except (OSError, TimeoutError):
             return None
         took_s = time.monotonic() - begun
@@ -88,7 +87,7 @@ class RealLink:
 
         calls = [asyncio.ensure_future(one(link)) for link in self._links]
         try:
-            return list(await asyncio.wait_for(asyncio.gather(*calls), MEASURE_PATIENCE_S))
+            return list(await wait_for(asyncio.gather(*calls), MEASURE_PATIENCE_S))
         finally:
             for call in calls:
                 call.cancel()

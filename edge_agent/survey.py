@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.access import has_joined, open_link
-from edge_agent.agent import AgentError, version
+from edge_agent.agent import AgentError
 from edge_agent.config import AgentConfig
 from edge_agent.link import LinkError, RefusedError
 from edge_agent.machine import Machine
@@ -22,6 +22,7 @@ from edge_agent.trainer_process import TrainerError, TrainerProcess
 from profiles.device import ComputeProfile, DeviceProfile, GpuProfile
 from profiles.link import LinkProfile
 from profiles.model import ModuleShape, base_digest, read_shape, resolve_base
+from profiles.program import version
 from protos.contract import AdapterSpec, Classification, ProfileRequest, from_plain, to_plain
 
 GB = 1e9

@@ -15,12 +15,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from profiles.compat import wait_for
 from profiles.errors import SketchfleetError
 
 LINE_LIMIT_BYTES = 1 << 20
 STOP_S = 10.0
 TOLD = ("progress", "paused", "resumed")  # events that are no answer
 Progress = Callable[[dict[str, Any]], None]
+
+BORROW = """\
+import runpy, sys
+from importlib import machinery, util
+for name in ("profiles", "protos", "edge_agent"):
+    spec = machinery.PathFinder.find_spec(name, [{root!r}])
+    sys.modules[name] = util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+sys.path.append({root!r})
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
 
 
 class TrainerError(SketchfleetError):
@@ -85,17 +97,15 @@ class TrainerProcess:
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         threads = str(self._threads)
         with self._log.open("ab") as log:
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    self._python, "-m", "edge_agent.training.trainer", "--threads", threads,
-                    "--agent", str(os.getpid()),
+                    self._python, *running("edge_agent.training.trainer"),
+                    "--threads", threads, "--agent", str(os.getpid()),
                     stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
                     limit=LINE_LIMIT_BYTES,
-                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads,
+                    env={**os.environ, "OMP_NUM_THREADS": threads,
                          "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
                 )  # fmt: skip
             except OSError as error:
@@ -119,10 +129,20 @@ class TrainerProcess:
         await process.wait()
 
 
+def running(module: str) -> list[str]:
+    """Arguments that have any interpreter run a module of this very installation.
+
+    Our own packages are pure Python and come from here, so that both sides are of one version. What
+    they need comes from the interpreter's own packages; only what is not there comes from ours,
+    which may be for another Python.
+    """
+    return ["-c", BORROW.format(root=str(Path(__file__).resolve().parent.parent), module=module)]
+
+
 async def _ended(process: asyncio.subprocess.Process) -> bool:
     """Whether the process ends within `STOP_S`."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), STOP_S)
+        await wait_for(process.wait(), STOP_S)
     return process.returncode is not None
 
 

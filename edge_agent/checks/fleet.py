@@ -13,6 +13,7 @@ from pathlib import Path
 from edge_agent.checks.finding import Finding, fail, ok, skip, warn
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
+from profiles.compat import wait_for
 from profiles.errors import SketchfleetError
 from profiles.memory import weight_bytes
 from profiles.model import base_digest, read_shape, resolve_base
@@ -93,7 +94,7 @@ def coordinator(
 async def answers(link: Link, joined: bool, limit_s: float) -> Finding:
     """Whether a coordinator speaks there, and whether it knows this device."""
     try:
-        rtt_s = await asyncio.wait_for(link.ping(), limit_s)
+        rtt_s = await wait_for(link.ping(), limit_s)
     except RefusedError as error:
         if error.reason is not Reason.BAD_CREDENTIAL:
             return fail("coordinator", f"refuses: {error}", "ask the coordinator's operator")

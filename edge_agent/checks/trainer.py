@@ -7,16 +7,15 @@ The failures that users of Jetsons report and their causes: docs/devices.md.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from edge_agent.checks.finding import Finding, fail, ok, skip, warn
 from edge_agent.probe import MachineFacts
+from edge_agent.trainer_process import running
 
 LIMIT_S = 180.0  # imports from an SD card take long
 NEEDED = ("torch", "transformers", "peft", "safetensors")
@@ -46,14 +45,11 @@ class SelfCheck:
 
 def ask(python: str, limit_s: float = LIMIT_S) -> SelfCheck:
     """Runs the self-check in the trainer's interpreter."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     ended = ""
     try:
         done = subprocess.run(  # noqa: S603 - the owner's interpreter with a module of ours
-            [python or sys.executable, "-m", "edge_agent.training.selfcheck"],
+            [python or sys.executable, *running("edge_agent.training.selfcheck")],
             capture_output=True, timeout=limit_s, check=False, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         output = done.stdout
         if done.returncode != 0:

@@ -373,6 +373,17 @@ async def test_the_mirror_goes_on_from_life_to_life_and_is_named_at_every_poll(l
     assert names(state / "mirror") == [], "nothing is kept of a run that is over"
 
 
+async def test_an_adapter_that_came_whole_outlives_the_run(live, state, tmp_path):
+    ends = Ends(tmp_path / "ends", spec=SPEC)
+    task = ends.sent(first_model(SPEC), assign(0, evaluates_global=True))
+    coordinator = Coordinator(task)
+    paths = [p for p in (tmp_path / "ends" / "blobs").glob("??/*") if len(p.name) == 64]
+    coordinator.blobs |= {p.name: p.read_bytes() for p in paths}
+    await live(coordinator)
+    assert names(state / "mirror") == []
+    assert names(state / "held") == sorted([task.mirror.result.digest, "held.json"])
+
+
 @pytest.mark.parametrize("loss", ["gone", "rotten"])
 async def test_a_device_that_lost_its_mirror_has_the_same_one_in_the_end(
     live, state, steps, loss, caplog

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.config import AgentConfigError, load_agent_config
+from edge_agent.cli import main
+from edge_agent.config import AgentConfigError, load_agent_config, read_agent_config
 from edge_agent.training.connectors import DataSelection
 from edge_agent.training.git_history import GitRange
 from protos.contract import from_plain, to_plain
@@ -234,3 +235,44 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(AgentConfigError, match="is not valid TOML"):
         load_agent_config(tmp_path / "binary.toml")
+
+
+def test_settings_come_from_flags_environment_file_and_defaults_in_this_order(tmp_path):
+    path = tmp_path / "agent.toml"
+    path.write_text(LEAST + "[limits]\nthreads = 2\nmemory_mb = 100\n[trainer]\nidle_s = 7\n")
+    environ = {"SKETCHFLEET_AGENT__LIMITS__THREADS": "3",
+               "SKETCHFLEET_AGENT__LIMITS__MEMORY_MB": "200"}  # fmt: skip
+    found = read_agent_config(path, ["limits.threads=4"], environ)
+    config = found.settings
+    assert (config.limits.threads, config.limits.memory_mb, config.trainer.idle_s) == (4, 200, 7)
+    assert config.data.max_mb == 64
+    assert found.sources["limits.memory_mb"] == "SKETCHFLEET_AGENT__LIMITS__MEMORY_MB"
+
+
+def test_a_container_needs_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"SKETCHFLEET_AGENT__DATA__INCLUDE": "code", "STATE_DIRECTORY": "/state"}
+    found = read_agent_config(None, (), environ)
+    assert found.settings.data.include == (str(tmp_path / "code"),)
+    assert found.settings.state.folder == Path("/state")
+    assert found.sources["state.folder"] == "STATE_DIRECTORY"
+    with pytest.raises(AgentConfigError, match=r"no agent.toml in the standard places"):
+        read_agent_config(None, (), {})
+
+
+def test_a_state_folder_of_the_settings_stands_above_the_standard_place(load, monkeypatch):
+    monkeypatch.setenv("STATE_DIRECTORY", "/state")
+    assert load(LEAST + '[state]\nfolder = "/mine"\n').state.folder == Path("/mine")
+
+
+def test_the_settings_that_are_shown_can_be_read_again(tmp_path, capsys):
+    path = tmp_path / "agent.toml"
+    path.write_text(LEAST)
+    assert main(["config", "--effective", "--config", str(path), "--set", "limits.threads=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "threads = 3" in shown and "# --set" in shown and "# default" in shown
+    again = tmp_path / "again.toml"
+    again.write_text(shown)
+    first = load_agent_config(path, ["limits.threads=3"])
+    assert load_agent_config(again).model_dump() == first.model_dump()

@@ -1,64 +1,99 @@
-"""A device's own adapter comes out as a folder, or one sentence says why it does not."""
+"""The adapter that a device holds comes out as a folder or file, or one sentence says why not."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-import types
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from edge_agent.cli import main
+from edge_agent.held import keep as keep_held
 from edge_agent.journal import Journal
-from profiles.errors import SketchfleetError
-from profiles.model import ModuleShape
-from protos.contract import AdapterSpec, LocalReport
+from edge_agent.training.home import Home, write_home
+from profiles.model import base_digest
+from protos.contract import AdapterSpec, BlobRef, LocalReport, Payload
+from protos.packing import pack
+from protos.transfer import sha256_of
+from tests.edge_agent.training.rounds import make_assignment
+from tests.tiny_base import write_base
 
-SPEC = AdapterSpec(
-    run_id="team-code", base="org/base", base_revision="", base_digest="b" * 64, rank=4, alpha=8.0,
-    use_rslora=False, seed=7, modules=(ModuleShape("layer", 8, 8),),
-)  # fmt: skip
+RANK = 4
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What the exporter of the training room was asked for; it writes nothing itself."""
-    calls = []
-    room = types.ModuleType("edge_agent.training.personal")
-    room.export_personal = lambda *given: calls.append(given)
-    monkeypatch.setitem(sys.modules, room.__name__, room)
-    return calls
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"), hidden=32, intermediate=48)
 
 
 @pytest.fixture
-def export(tmp_path, capsys):
-    """The command on a device with these settings: (exit code, what it said)."""
+def spec(base):
+    from profiles.model import read_shape
 
-    def with_settings(run="team-code", out="adapter", text=""):
-        config = tmp_path / "agent.toml"
-        config.write_text('[data]\ninclude = ["code"]\n[state]\nfolder = "state"\n' + text)
-        words = ["--config", str(config), "--run", run, "--out", str(tmp_path / out)]
-        code = main(["export", *words])
-        said = capsys.readouterr()
-        return code, (said.out + said.err).strip()
+    return AdapterSpec(
+        run_id="team-code", base=str(base), base_revision="", base_digest=base_digest(base),
+        rank=RANK, alpha=8.0, use_rslora=False, seed=7, modules=read_shape(base).modules(()),
+    )  # fmt: skip
 
-    return with_settings
+
+def factors(spec, seed):
+    draw = np.random.default_rng(seed)
+    return {
+        m.name: {
+            "up": draw.normal(size=(RANK, m.out_features)).astype(np.float32),
+            "down": draw.normal(size=(RANK, m.in_features)).astype(np.float32),
+        }
+        for m in spec.modules
+    }
 
 
 @pytest.fixture
-def keep(tmp_path):
+def own(tmp_path, spec):
     """Leaves a home of this run in the state folder."""
 
-    def of_run(spec=SPEC, data=b"factors"):
+    def of_run(spec=spec, seed=1):
         journal = Journal(tmp_path / "state")
-        (tmp_path / "new").write_bytes(data)
-        journal.add(LocalReport("a", "done"), None, (spec, tmp_path / "new"))
+        path = tmp_path / "new"
+        write_home(path, Home(round=2, alpha=8.0, personal=factors(spec, seed)), spec)
+        journal.add(LocalReport("a", "done"), None, (spec, path))
         path = journal.home_path(spec)
         journal.close()
         return path
 
     return of_run
+
+
+@pytest.fixture
+def fleet(tmp_path, spec):
+    """Has the agent keep a whole adapter of the fleet."""
+
+    def of_run(spec=spec, seed=2, round_=5, **task):
+        blobs = tmp_path / "state" / "blobs"
+        blobs.mkdir(parents=True, exist_ok=True)
+        payload = Payload(RANK, "float32")
+        (blobs / "new").write_bytes(pack(spec, payload, factors(spec, seed)))
+        digest = sha256_of(blobs / "new")
+        blob = BlobRef(digest, (blobs / "new").stat().st_size, payload)
+        (blobs / "new").rename(blobs / digest)
+        facts = {"round": round_, "evaluates_global": True, "global_adapter": (blob,)}
+        keep_held(tmp_path / "state", spec, make_assignment(**(facts | task)), None)
+
+    return of_run
+
+
+@pytest.fixture
+def export(tmp_path, capsys):
+    """The command on this device: (exit code, what it said)."""
+
+    def with_words(*words, out="adapter"):
+        config = tmp_path / "agent.toml"
+        config.write_text('[data]\ninclude = ["code"]\n[state]\nfolder = "state"\n')
+        code = main(["export", "--config", str(config), "--out", str(tmp_path / out), *words])
+        said = capsys.readouterr()
+        return code, (said.out + said.err).strip()
+
+    return with_words
 
 
 def refused(said, *words):
@@ -68,55 +103,82 @@ def refused(said, *words):
         assert word in text
 
 
-def test_the_exporter_gets_the_home_and_the_spec_of_the_run(export, keep, asked, tmp_path):
-    path = keep()
-    assert export() == (0, f"{tmp_path / 'adapter'}: this device's own adapter of run team-code")
-    assert asked == [(path, SPEC, "org/base", tmp_path / "adapter")]
+def written(folder, spec):
+    """The products of a PEFT folder by module."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    get = {x: [tensors[f"base_model.model.{m.name}.lora_{x}.weight"] for m in spec.modules]
+           for x in "AB"}  # fmt: skip
+    return [spec.scale(len(a)) * b @ a for a, b in zip(get["A"], get["B"], strict=True)]
 
 
-def test_the_base_is_named_as_this_device_finds_it(export, keep, asked, tmp_path):
-    keep()
-    (tmp_path / "nano").mkdir()
-    assert export(text='[model]\nbase = "nano"\n')[0] == 0
-    assert asked[0][2] == str(tmp_path / "nano")
+def products(spec, seed):
+    return [spec.scale(RANK) * p["up"].T @ p["down"] for p in factors(spec, seed).values()]
 
 
-def test_a_run_that_left_nothing_here_is_named_with_those_that_did(export, keep, asked, tmp_path):
-    refused(export("other"), "nothing of a run 'other'", "it keeps nothing", "[personal] ditto")
+def same(got, want):
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_fleets_adapter_comes_out_where_the_device_has_none_of_its_own(
+    export, fleet, spec, tmp_path
+) -> None:
+    fleet()
+    code, said = export()
+    assert code == 0 and said.endswith("(the fleet's adapter of run team-code after 5 rounds)")
+    same(written(tmp_path / "adapter", spec), products(spec, 2))
+
+
+def test_its_own_goes_before_the_fleets_unless_that_is_asked_for(
+    export, fleet, own, spec, tmp_path
+) -> None:
+    fleet()
+    own()
+    assert "this device's own adapter of run team-code after 3 rounds" in export()[1]
+    same(written(tmp_path / "adapter", spec), products(spec, 1))
+    assert export("--whose", "fleet", out="theirs")[0] == 0
+    same(written(tmp_path / "theirs", spec), products(spec, 2))
+
+
+def test_llama_cpp_and_merged_forms_come_from_the_same_adapter(export, fleet, tmp_path) -> None:
+    pytest.importorskip("gguf")
+    fleet()
+    assert export("--format", "gguf", out="a.gguf")[0] == 0
+    assert (tmp_path / "a.gguf").read_bytes().startswith(b"GGUF")
+    code, said = export("--format", "merged", "--dtype", "float32", out="whole")
+    assert code == 0 and "14 tensors changed" in said
+    refused(export("--dtype", "float32"), "--dtype is for --format merged")
+
+
+def test_what_this_device_does_not_hold_is_told(export, own, spec, tmp_path) -> None:
+    refused(export(), "no adapter of the fleet yet", "first round that measures")
+    refused(export("--whose", "own"), "only methods with personal parts and [personal] ditto")
     assert not (tmp_path / "state").exists(), "asking makes no state folder"
-    keep()
-    keep(dataclasses.replace(SPEC, run_id="docs"))
-    refused(export("other"), "'other'", "it keeps something of: docs, team-code")
-    assert asked == []
+    own()
+    refused(export("--run", "other"), "of a run 'other'")
+    refused(export("--whose", "fleet"), "no adapter of the fleet yet")
+    assert not (tmp_path / "adapter").exists()
 
 
-def test_a_home_that_is_damaged_is_told(export, keep, asked):
-    keep().write_bytes(b"rot")
+def test_a_home_that_is_damaged_is_told_unless_the_fleets_adapter_serves(
+    export, own, fleet
+) -> None:
+    own().write_bytes(b"rot")
     refused(export(), "'team-code' is damaged or gone")
-    assert asked == []
+    fleet()
+    assert "the fleet's adapter" in export()[1]
+    refused(export("--whose", "own", out="b"), "'team-code' is damaged or gone")
 
 
-def test_a_folder_that_is_there_is_left_alone(export, keep, asked, tmp_path):
-    keep()
+def test_a_folder_that_is_there_is_left_alone(export, fleet, tmp_path) -> None:
+    fleet()
     (tmp_path / "adapter").mkdir()
-    refused(export(), "adapter already exists", "--out")
-    assert asked == []
+    refused(export(), "adapter already exists")
+    assert list((tmp_path / "adapter").iterdir()) == []
 
 
-def test_a_home_with_nothing_personal_in_it_is_told_in_the_words_of_its_reader(
-    export, keep, asked, monkeypatch
-):
-    def find_nothing(*given):
-        raise SketchfleetError("run team-code keeps nothing personal; use a method that does")
-
-    monkeypatch.setattr(
-        sys.modules["edge_agent.training.personal"], "export_personal", find_nothing
-    )
-    keep()
-    refused(export(), "nothing personal")
-
-
-def test_a_missing_extra_is_named(export, keep, asked, monkeypatch):
-    keep()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(export(), "safetensors is not installed", "sketchfleet[train]")
+def test_the_last_run_is_meant_where_none_is_named(export, own, fleet, spec) -> None:
+    own()
+    fleet(dataclasses.replace(spec, run_id="newer"))
+    assert "the fleet's adapter of run newer" in export()[1]
+    assert "own adapter of run team-code" in export("--run", "team-code", out="old")[1]

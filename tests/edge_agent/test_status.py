@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from edge_agent.status import StatusError, StatusFile, describe, read_status
+from edge_agent.status import StatusError, StatusFile, beats, describe, read_status
 
 
 def test_what_was_shown_is_read_with_whether_the_agent_runs(tmp_path):
@@ -48,3 +48,18 @@ def test_no_status_is_told(tmp_path):
         read_status(tmp_path)
     (tmp_path / "status.json").write_text(json.dumps({"pid": 2**22 + 1, "at": 1, "phase": "x"}))
     assert read_status(tmp_path)["running"] is False
+
+
+def test_a_sign_of_life_is_fresh_for_three_minutes_and_of_a_running_agent(tmp_path):
+    shown = StatusFile(tmp_path)
+    shown.beat()  # nothing to keep fresh yet
+    shown("waiting")
+    at = (tmp_path / "status.json").stat().st_mtime
+    assert beats(tmp_path, at + 179)
+    assert not beats(tmp_path, at + 181)
+    os.utime(tmp_path / "status.json", (at - 500, at - 500))
+    assert not beats(tmp_path, at)
+    shown.beat()
+    assert beats(tmp_path, at)
+    (tmp_path / "status.json").write_text('{"phase": "waiting", "at": 1, "pid": 4194305}')
+    assert not beats(tmp_path, at), "no such process"

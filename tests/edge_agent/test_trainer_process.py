@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -217,10 +220,41 @@ async def test_an_interpreter_that_is_not_there_is_named(tmp_path):
 
 async def test_the_process_is_started_with_its_module_and_threads(make, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    told = '{\\"event\\":\\"result\\",\\"arguments\\":\\"$*\\",\\"omp\\":\\"$OMP_NUM_THREADS\\"}'
+    words = '\\"arguments\\":\\"$1 $3 $4 $5 $6\\",\\"omp\\":\\"$OMP_NUM_THREADS\\"'
+    told = f'{{\\"event\\":\\"result\\",{words}}}'
     trainer = make(READ + f'echo "{told}"\n', threads=3)
     result = await trainer.run({})
-    started = f"-m edge_agent.training.trainer --threads 3 --agent {os.getpid()}"
-    assert result["arguments"] == started
+    assert result["arguments"] == f"-c --threads 3 --agent {os.getpid()}"
     assert result["omp"] == "3"
     await trainer.stop()
+
+
+def test_any_interpreter_runs_our_code_with_its_own_packages(tmp_path):
+    """Its own come first, ours help out, and Sketchfleet itself is always this one."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for place, name, text in (
+        (theirs, "numbers_of", "WHOSE = 'theirs'"),
+        (ours, "numbers_of", "WHOSE = 'ours'"),
+        (ours, "only_here", "WHOSE = 'ours'"),
+        (theirs, "protos/__init__", "WHOSE = 'an older one'"),
+        (ours, "protos/__init__", "WHOSE = 'ours'"),
+        (ours, "profiles/__init__", ""),
+        (ours, "edge_agent/__init__", ""),
+        (ours, "edge_agent/told", "import numbers_of, only_here, protos, sys\n"
+         "print(numbers_of.WHOSE, only_here.WHOSE, protos.WHOSE, sys.argv[1:], __name__)"),
+    ):  # fmt: skip
+        file = place / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    code = trainer_process.BORROW.format(root=str(ours), module="edge_agent.told")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--threads", "3"], cwd=tmp_path, check=True,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(theirs)},
+    )  # fmt: skip
+    assert done.stdout == "theirs ours ours ['--threads', '3'] __main__\n"
+
+
+def test_what_runs_is_this_installation():
+    option, code = trainer_process.running("edge_agent.training.selfcheck")
+    assert option == "-c"
+    assert repr(str(Path(trainer_process.__file__).parents[1])) in code
