@@ -34,6 +34,8 @@ lint-style: $(VENV)/.ready
 
 lint-types: $(VENV)/.ready
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/mypy --python-version 3.10 --no-warn-return-any --cache-dir .mypy_cache/3.10 \
+	  edge_agent profiles protos coordinator
 
 lint-imports: $(VENV)/.ready
 	@$(VENV)/bin/lint-imports --no-logo

@@ -18,6 +18,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.link import Link, LinkError, RefusedError
 from edge_agent.membership import MembershipError
 from edge_agent.pace import Pace
+from profiles.compat import timeout
 from protos.chunk import Chunk, chunk_message, read_chunk
 from protos.contract import BlobRef, LocalReport, Payload, Reason
 from protos.layout import packed_bytes
@@ -268,7 +269,7 @@ async def test_a_window_that_became_smaller_does_not_wait_for_ever(harness, tmp_
         monkeypatch.setattr(
             push_stream.PushStream, "_window", property(lambda self: next(windows, 32 * 1024))
         )
-        async with asyncio.timeout(20):
+        async with timeout(20):
             assert (await device.push(a, update))[1] == "accepted"
 
 

@@ -35,6 +35,7 @@ from coordinator.report import (
 from coordinator.serve import open_state
 from coordinator.store.records import Records
 from coordinator.tables import table
+from protos.export_options import Wanted
 from trials.fleet import (
     DeviceSetup,
     FleetError,
@@ -134,7 +135,8 @@ def demo(out: Path, rounds: int, chosen: Sequence[str], *, local_only: bool = Fa
     seconds = time.monotonic() - started
     model = records.model(fleet.run_id)
     assert model is not None
-    exported = export_run(report.run, model[1], blobs, folder / "adapter")
+    exported = folder / "adapter"
+    export_run(report.run, *model, blobs, Wanted(exported))
     picture = loss_picture(report, folder / "loss.png")
     records.close()
     _show(console, report, seconds)

@@ -27,6 +27,7 @@ from coordinator.store.records import Records
 from edge_agent.identity import Identity
 from edge_agent.joining import enroll
 from profiles.errors import SketchfleetError
+from profiles.progress import progress
 from profiles.settings import host_of, is_loopback
 from protos.invitation import Invitation, pin_of
 from trials.caps import KernelCap
@@ -139,13 +140,16 @@ class LocalFleet:
         return {**own, **place, "plain_text": True}
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
+        running = [process for process in self.processes.values() if process.poll() is None]
+        for process in running:
+            process.terminate()
+        try:
+            with progress("stopping every process"):
+                for process in running:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(15)
+        finally:  # a second Ctrl-C too leaves nothing behind
+            for process in running:
                 process.kill()
                 process.wait()
 

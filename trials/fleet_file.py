@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,7 +19,8 @@ from coordinator.config import RunConfig
 from edge_agent.config import AgentConfig
 from profiles.boards import GIB, Board, load_boards
 from profiles.catalogue import choose
-from profiles.errors import SketchfleetError
+from profiles.compat import tomllib
+from profiles.errors import ExitCode, SketchfleetError
 from profiles.links import load_links
 from profiles.settings import Section, load_settings, parse_settings
 from profiles.trace import LinkState, Outage, TraceError, read_trace, steady
@@ -35,6 +35,8 @@ MOST_DEVICES = 256  # real processes, each with a trainer
 class FleetFileError(SketchfleetError):
     """fleet.toml cannot be read or holds something that cannot be tried."""
 
+    exit_code: ClassVar[ExitCode] = ExitCode.SETTINGS
+
 
 class RunTable(BaseModel):
     """[run]: a run.toml by its path, and sections that stand instead of or beside its own."""
@@ -42,6 +44,7 @@ class RunTable(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     file: str = ""
+    """Path of a run.toml; its defaults when empty."""
 
 
 class TrialTable(Section):
@@ -57,7 +60,9 @@ class OutageTable(Section):
     """Nothing passes for `lasts_s` at the end of every `every_s`."""
 
     every_s: Rate
+    """From one end of an outage to the next."""
     lasts_s: Rate
+    """How long it is."""
     begun_s: Annotated[float, Field(ge=0)] = 0.0
     """How far into the first `every_s` the trial begins, so that devices are not away together."""
 
@@ -66,17 +71,23 @@ class DeviceTable(Section):
     """[[device]]: one device, or `count` alike. Without link, rates or trace, loopback as it is."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,54}$")]
+    """Unique; followed by a number where there are several."""
     count: Annotated[int, Field(ge=1, le=MOST_DEVICES)] = 1
+    """How many alike."""
     board: str = ""
     """Of the catalogue: its memory is the cap, and its cores if there are fewer than here."""
     memory_mb: Annotated[int, Field(ge=64)] | None = None
+    """Cap on the trainer, instead of the board's."""
     cpus: Rate | None = None
     """Instead of the board's; 0.5 is half a processor of this machine."""
     link: str = ""
     """Of the catalogue."""
     up_bps: Rate | None = None
+    """From the device, instead of the link's."""
     down_bps: Rate | None = None
+    """To the device, instead of the link's."""
     rtt_s: Annotated[float, Field(ge=0)] | None = None
+    """There and back, instead of the link's."""
     loss: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Instead of the link's, or without one."""
     outage: OutageTable | None = None

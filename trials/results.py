@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coordinator.phases import DevicePhases, DeviceTime, device_phases
-from edge_agent.agent import version
+from profiles.program import version
 from trials.ledger import LEDGER, LINKS, LedgerError, Row, read_rows, times_of
 
 FACTS = "trial.json"

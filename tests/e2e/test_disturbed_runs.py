@@ -118,7 +118,9 @@ def test_a_trainer_killed_in_mid_training_is_started_again_by_its_agent(
     with yard.replaying("trainer-killed", plans) as fleet:
         yard.await_(fleet, lambda: fleet.status("lab").get("step", 0) >= 2, "lab to train")
         agent = psutil.Process(fleet.processes["lab"].pid)
-        (trainer,) = (p for p in agent.children() if "edge_agent.training.trainer" in p.cmdline())
+        (trainer,) = (
+            p for p in agent.children() if "edge_agent.training.trainer" in str(p.cmdline())
+        )
         os.kill(trainer.pid, signal.SIGKILL)
         got = yard.finish(fleet)
         (crash,) = events(fleet.log("lab"), "the trainer died, trying once more")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from coordinator.lowrank import Bundle
+from edge_agent.adapters import newest_adapter
 from protos.contract import AdapterSpec, Payload
 from protos.layout import packed_bytes
 from tests.e2e.conftest import RANK, ROUNDS, RUN, Outcome, Yard
@@ -157,3 +158,15 @@ def test_stock_peft_gives_the_coordinators_own_logits(
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     # bfloat16 keeps 8 bits: 2^-8 of the largest logit, a few times over through the layers.
     assert (half.float() - want).abs().max() < 8 * 2**-8 * want.abs().max()
+
+
+def test_every_device_holds_the_model_that_the_run_ended_with(first_run: Outcome) -> None:
+    """For `sketchfleet-agent serve` and `export`, as near as it travelled."""
+    ended = adapter_of(first_run, ROUNDS)
+    for device in DEVICES:
+        found = newest_adapter(first_run.folder / device / "state")
+        assert found is not None and (found.whose, found.adapter.round) == ("fleet", ROUNDS)
+        for name, (up, down) in found.adapter.factors.items():
+            want = ended[name].dense()
+            got = found.adapter.scale * up.T.astype(np.float64) @ down
+            assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want), (device, name)

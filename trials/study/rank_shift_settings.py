@@ -19,12 +19,15 @@ class TaskSection(Section):
     """What is learnt, and from which data."""
 
     kind: Literal["classification", "code"]
+    """Labels of texts, or the next token of code."""
     base: str = ""
     """A folder; empty: the installed MiniLM for classification, the nano model for code."""
     labels: tuple[str, ...] = ()
+    """To be told apart, as the files spell them."""
     train: tuple[str, ...] = ()
     """Files below the folder given by --data."""
     held_out: tuple[str, ...] = ()
+    """Files that are only measured."""
     domains: tuple[str, ...] = ()
     """For code; of `trials.domains`."""
 
@@ -44,11 +47,17 @@ class LearningSection(Section):
     alpha_per_rank: Annotated[float, Field(gt=0)] = 2.0
     """lora_alpha over the global rank."""
     targets: tuple[str, ...] = ()
+    """Projections to adapt; all when empty."""
     sequence_tokens: Annotated[int, Field(ge=16)]
+    """Length of a row."""
     micro_batch: Positive
+    """Rows of a step."""
     local_steps: Positive
+    """Of a device in a round."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """Of AdamW on the device."""
     rounds: Positive
+    """Of one run."""
     held_out_sequences: Positive
     """Of each class, at most."""
 
@@ -57,11 +66,13 @@ class DesignSection(Section):
     """What is varied."""
 
     seeds: tuple[int, ...]
+    """One run of every setting for each."""
     examples: Positive
     """Of each device."""
     alphas: tuple[Annotated[float, Field(gt=0)], ...]
     """Of the Dirichlet distribution, from the most skewed to the least."""
     methods: tuple[str, ...]
+    """Of `docs/methods.md`."""
     ranks: dict[str, tuple[Positive, ...]]
     """By name, one rank for each device; the first is what the others are compared with."""
 
@@ -90,6 +101,7 @@ class RankShiftSettings(Section):
     """A whole study."""
 
     study: Literal["rank-shift"]
+    """Which study these settings are for."""
     task: TaskSection
     learning: LearningSection
     design: DesignSection

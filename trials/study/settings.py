@@ -55,18 +55,28 @@ class LearningSection(Section):
     """One run, as in run.toml."""
 
     rank: Positive
+    """Of the global adapter."""
     alpha: Annotated[float, Field(gt=0)]
+    """LoRA's."""
     targets: tuple[str, ...] = ()
+    """Projections to adapt; all when empty."""
     sequence_tokens: Annotated[int, Field(ge=16)]
+    """Length of a row."""
     micro_batch: Positive
+    """Rows of a step."""
     local_steps: Positive
+    """Of a device in a round."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """Of AdamW on the device."""
     rounds: Positive
+    """Of one run."""
     measured: tuple[Positive, ...]
     """After how many rounds the global adapter is measured on every device; the last is `rounds`,
     the first is what bytes are matched at."""
     held_out_sequences: Annotated[int, Field(ge=4)]
+    """Rows of each device that are measured."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of each domain's documents."""
     weights: str = "samples"
     """Whose update counts how much ([fairness] weights of run.toml), unless a mitigation says."""
 
@@ -83,6 +93,7 @@ class RatioSection(Section):
     sketch: tuple[Share, ...] = (1.0, 0.5, 0.25, 0.125)
     """Of the adapter's rows."""
     bits: tuple[Encoding, ...] = ("float32", "int8", "int4", "int2")
+    """Encodings of an update."""
     top_k: tuple[Share, ...] = (1.0, 0.25, 0.0625, 0.015625)
     """Of an update's values, the largest."""
 
@@ -97,7 +108,9 @@ class Arm(Section):
     """A means of compression under a method of `docs/methods.md`."""
 
     means: Means
+    """How an update is made smaller."""
     method: str
+    """Of `docs/methods.md`."""
 
     @property
     def name(self) -> str:
@@ -109,9 +122,13 @@ class Mitigation(Section):
     """Something that may help, on one arm and assignment, against the same without it."""
 
     name: str
+    """What the report calls it."""
     means: Means
+    """Of the arm."""
     method: str
+    """Of the arm."""
     assignment: Assigned
+    """Which devices are at which ratio."""
     sections: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Of run.toml, over the study's own."""
     other_tiers: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -123,9 +140,12 @@ class DesignSection(Section):
     """What is varied."""
 
     seeds: tuple[int, ...]
+    """One run of every setting for each."""
     per_device: tuple[Arm, ...] = ()
     """Devices at different ratios, under every assignment."""
     assignments: tuple[Assigned, ...] = ()
+    """Which devices are at which ratio: by chance, the largest data compressed most, or the best
+    known domains least."""
     everywhere: tuple[Arm, ...] = ()
     """All devices at the same ratio, one run for each level."""
     mitigations: tuple[Mitigation, ...] = ()
@@ -145,21 +165,27 @@ class LinkSection(Section):
     """The link that the seconds of `study methods` are counted with, bit/s."""
 
     up_bps: Annotated[float, Field(gt=0)] = 1e6
+    """From a device."""
     down_bps: Annotated[float, Field(gt=0)] = 4e6
+    """To a device."""
 
 
 class AnalysisSection(Section):
     """How sure to be."""
 
     permutations: Annotated[int, Field(ge=99)] = 9999
+    """Of a permutation test."""
     replicates: Annotated[int, Field(ge=100)] = 2000
+    """Of a bootstrap."""
     seed: int = 1
+    """Of both."""
 
 
 class StudySettings(Section):
     """A whole study."""
 
     study: Literal["compression-fairness", "methods"]
+    """Which study these settings are for."""
     fleet: FleetSection
     learning: LearningSection
     ratios: RatioSection = RatioSection()
