@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("float32", "int8", "int4"), default="int8")
     parser.add_argument("--exported", type=Path, help="the nano code model, exported before")
     args = parser.parse_args()
+    logging.disable(logging.INFO)  # the client tells of every request
     rounds = 3 if args.quick else 10
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -159,10 +161,16 @@ def main() -> int:
         print(f"lost: {word}")
     if dropped or len(seen) != rounds + 1:
         return 1
+    figures: dict[str, Any] = {
+        "requests": len(whole), "lost": len(dropped), "mixed": mixed, "rounds": rounds,
+        "swap_ms": {"median": float(np.median(swaps)), "most": max(swaps)},
+    }  # fmt: skip
     print(f"swap: {np.median(swaps):.1f} ms median, {max(swaps):.1f} ms at most")
     for what, times in (("first token", first), ("whole answer", whole)):
         p50, p95 = 1e3 * np.percentile(times, [50, 95])
         print(f"{what}: {p50:.0f} ms median, {p95:.0f} ms 95th percentile")
+        figures[f"{what}_ms".replace(" ", "_")] = {"median": float(p50), "p95": float(p95)}
+    print(json.dumps({"benchmark": "serving", "results": figures}))
     return 1 if mixed else 0
 
 
