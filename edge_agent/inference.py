@@ -113,11 +113,6 @@ class Engine:
             self._prefixes.begin(loaded)
         return time.perf_counter() - began
 
-    @property
-    def fills_in_middle(self) -> bool:
-        """Whether the tokenizer has the marks that a `suffix` needs."""
-        return self.info.marks is not None
-
     def encode(
         self, prompt: str, *, suffix: str | None = None, room: int | None = None
     ) -> list[int]:

@@ -40,10 +40,6 @@ class LetterEngine:
     def adapters(self):
         return (self.adapter,) if self.adapter else ()
 
-    @property
-    def fills_in_middle(self):
-        return self.info.marks is not None
-
     def swap(self, file):
         self.adapter = "" if file is None else file.stem
         return 0.001
