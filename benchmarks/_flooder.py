@@ -1,8 +1,9 @@
 """One enrolled device that asks for everything at once, as fast as it can, in every way it knows.
 
-`python -m benchmarks._flooder ADDRESS SHOWN`, which is a credential or, for mutual TLS, the folder
-of an identity: prints a line when it has begun, and at SIGTERM one line of JSON with how often it
-tried what. Takes no part in rounds, so that what it costs the others is the flood alone.
+`python -m benchmarks._flooder ADDRESS SHOWN HOW`. SHOWN is a credential or, for mutual TLS, the
+folder of an identity. HOW is "beyond" all limits, or at them and not "beneath", so that it is never
+shut out. Prints a line when it has begun, and at SIGTERM one line of JSON with how often it tried
+what. Takes no part in rounds, so that what it costs the others is the flood alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import os
 import signal
 import socket
+import ssl
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from protos.sketchfleet.v1 import fleet_pb2 as pb
 
 CHANNELS, WORKERS = 24, 4  # connections; loops of each kind
 IDLE_SOCKETS, SLOW_STREAMS = 300, 100
+DIALS = 16  # that go on at once and end with the handshake
+SILENT_S = 1.0  # without an answer: dialled anew
 FLEET, TRANSFER = "/sketchfleet.v1.FleetService/", "/sketchfleet.v1.TransferService/"
 NOISE = os.urandom(512 * 1024)
 
@@ -36,7 +41,9 @@ class Flooder:
 
     def __init__(self, address: str, shown: str) -> None:
         self._address = address
-        self._credentials = Identity(Path(shown)).credentials if Path(shown).is_dir() else None
+        identity = Identity(Path(shown)) if Path(shown).is_dir() else None
+        self._credentials = identity.credentials if identity else None
+        self._tls = _context(identity) if identity else None
         self._metadata = () if self._credentials else (("authorization", f"Bearer {shown}"),)
         self.tried: collections.Counter[str] = collections.Counter()
         self._channels: list[Any] = [self._dial() for _ in range(CHANNELS)]
@@ -52,19 +59,32 @@ class Flooder:
 
     def _channel(self) -> Any:
         self._next += 1
-        return self._channels[self._next % CHANNELS]
+        return self._channels[self._next % len(self._channels)]
 
-    async def run(self) -> None:
+    async def beneath(self) -> None:
+        """Never returns. 20 calls a second, of which a probe counts as ten, and 20 connections."""
+        del self._channels[8:]
+        often = [(9.0, self._profile), (9.0, lambda: self._push("push", 1000)),
+                 (0.2, self._probe), (19.0, self._dialled)]  # fmt: skip
+
+        async def at(per_s: float, way: Callable[[], Awaitable[None]]) -> None:
+            under_way = set()
+            while True:
+                under_way.add(task := asyncio.ensure_future(self._once(way)))
+                task.add_done_callback(under_way.discard)
+                await asyncio.sleep(1 / per_s)
+
+        await asyncio.gather(*(at(*each) for each in often))
+
+    async def beyond(self) -> None:
         """Never returns."""
         poll = pb.NextTaskRequest(wait_s=0).SerializeToString()
-        heavy = pb.NextTaskRequest(wait_s=0)
-        heavy.profile.board = "x" * 60_000
         report = pb.ReportRequest(report=pb.LocalReport(assignment_id="bench.0.other"))
         ways: list[Callable[[], Awaitable[None]]] = [
             lambda: self._unary("poll", FLEET + "NextTask", poll),
             lambda: self._unary("long poll", FLEET + "NextTask",
                                 pb.NextTaskRequest(wait_s=50).SerializeToString()),
-            lambda: self._unary("profile", FLEET + "NextTask", heavy.SerializeToString()),
+            self._profile,
             lambda: self._unary("report", FLEET + "Report", report.SerializeToString()),
             lambda: self._unary("garbage", FLEET + "Report", NOISE[:1000]),
             lambda: self._unary("unknown call", FLEET + "Nothing", b""),
@@ -72,19 +92,56 @@ class Flooder:
             lambda: self._push("push of 2^62 bytes", 2**62),
             lambda: self._push("push", 1000),
         ]  # fmt: skip
-        asyncio.get_running_loop().create_task(self._sockets())
-        slow = [self._loris() for _ in range(SLOW_STREAMS)]
-        await asyncio.gather(*slow, *(self._forever(w) for w in ways for _ in range(WORKERS)))
+        await asyncio.gather(
+            self._sockets(), *(self._forever(self._loris) for _ in range(SLOW_STREAMS)),
+            *(self._forever(self._dialled) for _ in range(DIALS)),
+            *(self._redial(number, poll) for number in range(CHANNELS)),
+            *(self._forever(way) for way in ways for _ in range(WORKERS)),
+        )  # fmt: skip
 
     async def _forever(self, way: Callable[[], Awaitable[None]]) -> None:
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await way()
+            await self._once(way)
             await asyncio.sleep(0)
+
+    async def _once(self, way: Callable[[], Awaitable[None]]) -> None:
+        # A channel that is dialled anew cancels the calls it had.
+        with contextlib.suppress(
+            grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, OSError,
+            TimeoutError, asyncio.CancelledError,
+        ):  # fmt: skip
+            await way()
+
+    async def _redial(self, number: int, poll: bytes) -> None:
+        """Waits for no connection that is not heard."""
+        while True:
+            asked = self._channels[number].unary_unary(FLEET + "NextTask")
+            try:
+                await asked(poll, metadata=self._metadata, timeout=SILENT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self.tried["redial"] += 1
+                    silent, self._channels[number] = self._channels[number], self._dial()
+                    await silent.close()
+            await asyncio.sleep(SILENT_S / 4)
+
+    async def _dialled(self) -> None:
+        """A connection for its own sake: over TLS, a handshake."""
+        self.tried["dial"] += 1
+        host, _, port = self._address.rpartition(":")
+        dialling = asyncio.open_connection(host, int(port), ssl=self._tls)
+        _, writer = await asyncio.wait_for(dialling, SILENT_S)
+        self.tried["dialled"] += 1
+        writer.close()
 
     async def _unary(self, name: str, method: str, message: bytes) -> None:
         self.tried[name] += 1
         await self._channel().unary_unary(method)(message, metadata=self._metadata, timeout=60)
+
+    async def _profile(self) -> None:
+        heavy = pb.NextTaskRequest(wait_s=0)
+        heavy.profile.board = "x" * 60_000
+        await self._unary("profile", FLEET + "NextTask", heavy.SerializeToString())
 
     async def _reset(self) -> None:
         """Begun and broken off at once: needs no slot that is free."""
@@ -131,12 +188,9 @@ class Flooder:
 
     async def _loris(self) -> None:
         """A push that declares nothing, and goes on doing so."""
-        while True:
-            self.tried["silent stream"] += 1
-            call = self._channel().stream_stream(TRANSFER + "Push")(metadata=self._metadata)
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await call.read()
-            await asyncio.sleep(0.01)
+        self.tried["silent stream"] += 1
+        call = self._channel().stream_stream(TRANSFER + "Push")(metadata=self._metadata)
+        await call.read()
 
     async def _sockets(self) -> None:
         """Connections without a word."""
@@ -149,12 +203,24 @@ class Flooder:
             await asyncio.sleep(0.02)
 
 
+def _context(identity: Identity) -> ssl.SSLContext:
+    """Shows the device's certificate, and does not look at the coordinator's: that is dear."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(identity.pair.key + identity.pair.chain)
+        context.load_cert_chain(file.name)
+    return context
+
+
 async def main() -> None:
     """Floods until SIGTERM."""
     flooder = Flooder(sys.argv[1], sys.argv[2])
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    running = asyncio.create_task(flooder.run())
+    ways = {"beyond": flooder.beyond, "beneath": flooder.beneath}
+    running = asyncio.create_task(ways[sys.argv[3]]())
     print("begun", flush=True)
     await stop.wait()
     running.cancel()

@@ -2,15 +2,16 @@
 
 Who asks too fast is kept waiting, which costs nothing here and slows down whoever asks; who would
 wait too long is refused after the wait, and told how long to stay away; who goes on all the same is
-to be hung up on. Of calls that a device has open at once the oldest ends, for an old one may hang
-on a connection that broke long ago. Knows devices, addresses and kinds of calls; neither gRPC nor
-what calls do.
+not to be heard for a while. Of calls that a device has open at once the oldest ends, for an old one
+may hang on a connection that broke long ago. Knows devices, addresses and kinds of calls; neither
+gRPC nor what calls do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import time
 from collections import OrderedDict
@@ -21,11 +22,14 @@ from pathlib import Path
 from profiles.compat import uncancel
 from protos.contract import Reason, RefusalError
 
+log = logging.getLogger("sketchfleet.coordinator")
+
 HOLD_S = 5.0  # a call is kept waiting at most
 CALLS_PER_S, CALLS_BURST = 20.0, 200.0  # of a device; an agent makes one in 20 s, and 20 a round
 MESSAGES_PER_S, MESSAGES_BURST = 400.0, 4000.0  # in its streams; beyond, they are read slower
 SILENT_S = 120.0  # without a message, an upload or a probe ends; agents give up after 45 s
 STRANGERS_PER_S, STRANGERS_BURST = 10.0, 300.0  # calls to join from one address, perhaps a lab's
+FLOOD_S = 60.0  # a device that floods is not heard
 OVER_PER_S, OVER_BURST = 10.0, 300.0  # calls beyond these that are kept waiting; then: a flood
 REFUSALS_PER_S, REFUSALS_BURST = 2.0, 30.0  # that an address is told at once
 MOST_HELD = 64  # refusals kept waiting for one address; further ones are a flood
@@ -74,10 +78,11 @@ def most_bytes(size_bytes: int) -> int:
 
 
 class FloodError(RefusalError):
-    """Goes on asking, however often it was told to wait: hang up."""
+    """Goes on asking, however often it was told to wait: hear it no more."""
 
     def __init__(self, who: str) -> None:
-        super().__init__(Reason.SLOW_DOWN, f"{who} floods this coordinator; wait 60 s", 60.0)
+        sentence = f"{who} floods this coordinator; wait {FLOOD_S:.0f} s"
+        super().__init__(Reason.SLOW_DOWN, sentence, FLOOD_S)
 
 
 class Bucket:
@@ -119,6 +124,7 @@ class Device:
     calls: Bucket
     over: Bucket  # calls beyond those
     messages: Bucket
+    flooding_until: float = float("-inf")
     running: dict[str, list[asyncio.Task[object]]] = field(default_factory=dict)
 
 
@@ -138,15 +144,21 @@ class Limits:
         """A device's turn to make a call; ends the oldest of its calls of this kind if need be.
 
         Strangers go by "@" and their address. Raises `RefusalError` (SLOW_DOWN) after `HOLD_S`, and
-        `FloodError` at once.
+        `FloodError` at once, from a device for `FLOOD_S`.
         """
         allowed, name = CALLS.get(call, OTHER), call if call in CALLS else ""
         own = self._of(device_id)
+        if self._clock() < own.flooding_until:
+            raise FloodError(device_id)
         wait_s = own.calls.take(self._clock(), HOLD_S, allowed.counts)
         if wait_s:
             await asyncio.sleep(wait_s)
         if wait_s is None or self._open[name] >= allowed.in_all:
             if own.over.take(self._clock(), 0.0) is None:
+                if not device_id.startswith("@"):  # of an address, others may call too
+                    own.flooding_until = self._clock() + FLOOD_S
+                    log.warning("%s floods; not heard for %.0f s (`sketchfleet-coordinator revoke "
+                                "%s` ends it)", device_id, FLOOD_S, device_id)  # fmt: skip
                 raise FloodError(device_id)
             await asyncio.sleep(HOLD_S)
             who = device_id if wait_s is None else "the fleet"

@@ -98,11 +98,12 @@ def open_listeners(
     )
     callers = FleetCallers(enrolment)
     fleet, port = _bound(callers, engine, server.listen,
-                         _authority_credentials(authority, mutual=True), throttle)  # fmt: skip
+                         _authority_credentials(authority, throttle, mutual=True),
+                         throttle)  # fmt: skip
     joining = make_joining_server(throttle)
     add_joining(joining, enrolment, port)
     place = server.enrolment_place
-    joining_port = _bind(joining, place, _authority_credentials(authority, mutual=False))
+    joining_port = _bind(joining, place, _authority_credentials(authority, throttle, mutual=False))
     facts = {"address": _at(server.listen, port), "enrolment": _at(place, joining_port)}
     return Listeners(fleet, port, throttle, joining, joining_port, members, enrolment, callers,
                      facts)  # fmt: skip
@@ -134,7 +135,7 @@ def _foreign(
 ) -> Listeners:
     members = Members(records)
     callers = ForeignCallers(members, pki.device_name, server.approval)
-    fleet, port = _bound(callers, engine, server.listen, _pki_credentials(pki), throttle)
+    fleet, port = _bound(callers, engine, server.listen, _pki_credentials(pki, throttle), throttle)
     facts = {"address": _at(server.listen, port)}
     return Listeners(fleet, port, throttle, members=members, facts=facts)
 
@@ -168,14 +169,16 @@ def _at(place: str, port: int) -> str:
     return f"{place.rpartition(':')[0]}:{port}"
 
 
-def _authority_credentials(authority: Authority, *, mutual: bool) -> grpc.ServerCredentials:
+def _authority_credentials(
+    authority: Authority, throttle: Throttle, *, mutual: bool
+) -> grpc.ServerCredentials:
     def shown() -> _Shown:
         return authority.server_pair(), authority.trust if mutual else None
 
-    return _credentials(shown, mutual)
+    return _credentials(shown, throttle, mutual)
 
 
-def _pki_credentials(pki: PkiSection) -> grpc.ServerCredentials:
+def _pki_credentials(pki: PkiSection, throttle: Throttle) -> grpc.ServerCredentials:
     def shown() -> _Shown:
         try:
             pair = pki.key.read_bytes(), pki.certificate.read_bytes()
@@ -183,10 +186,12 @@ def _pki_credentials(pki: PkiSection) -> grpc.ServerCredentials:
         except OSError as error:
             raise ListenError(f"[pki] {error.filename} cannot be read: {error.strerror}") from error
 
-    return _credentials(shown, mutual=True)
+    return _credentials(shown, throttle, mutual=True)
 
 
-def _credentials(shown: Callable[[], _Shown], mutual: bool) -> grpc.ServerCredentials:
+def _credentials(
+    shown: Callable[[], _Shown], throttle: Throttle, mutual: bool
+) -> grpc.ServerCredentials:
     latest = shown()  # what is wrong is told at the start; later on what was shown last stays
 
     def configuration() -> Any:
@@ -200,6 +205,7 @@ def _credentials(shown: Callable[[], _Shown], mutual: bool) -> grpc.ServerCreden
         and dies of it when connections come and go by the dozen (grpcio 1.85.1).
         """
         nonlocal latest
+        throttle.connections.dialled()
         before = latest
         try:
             latest = shown()

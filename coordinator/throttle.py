@@ -1,7 +1,7 @@
 """Keeps calls within the limits before they are parsed: what gRPC hands over is bytes until then.
 
 Stands behind the guard that knows devices (`callers`), before the services. What a call is allowed
-is in `limits`, which connections are hung up on in `connections`.
+is in `limits`, which connections we do without in `connections`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from coordinator.connections import Connections, Peer, network_of, peer_of
+from coordinator.connections import TELL_S, Connections, Peer, network_of, peer_of
 from coordinator.limits import HOLD_S, SILENT_S, Device, FloodError, Limits
 from profiles.compat import timeout
 from protos.contract import ContractError, Reason, RefusalError
@@ -24,7 +24,7 @@ from protos.contract import ContractError, Reason, RefusalError
 log = logging.getLogger("sketchfleet.coordinator")
 
 Refuse = Callable[[Any, Exception], Awaitable[None]]
-SWEEP_S = 5.0  # between two looks at the connections
+SWEEP_S, PRESSING_S = 5.0, 0.25  # between two looks at the connections, and where many dial
 TURNED_AWAY = (Reason.BAD_CREDENTIAL, Reason.BAD_TOKEN, Reason.REVOKED, Reason.PENDING)
 
 
@@ -52,7 +52,7 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return make(throttled(handler, call), None, handler.response_serializer)
 
     async def turn_away(self, context: Any, error: Exception) -> None:
-        """Refuses a call; who is refused again and again waits for it, then is hung up on."""
+        """Refuses a call; who is refused again and again waits for it, then is not heard."""
         told = context.peer()
         try:
             if isinstance(error, RefusalError) and error.reason in TURNED_AWAY:
@@ -62,22 +62,29 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if isinstance(error, FloodError) and (peer := peer_of(told)) is not None:
             self._doomed.add(peer)
             self._alarm.set()
-            await asyncio.sleep(HOLD_S)  # no answer to spend time on: soon there is no connection
+            await asyncio.sleep(HOLD_S)  # no answer to spend time on: soon nobody asks
         await self._refuse(context, error)
 
     async def watch(self, ports: set[int]) -> None:
-        """Hangs up on whoever floods, and on what is too many, until it is cancelled."""
+        """Sweeps connections until it is cancelled: at once where one floods or many dial."""
         self.connections.ports = ports
+        swept = told = float("-inf")
+        ended = 0
         while True:
             with contextlib.suppress(TimeoutError):
-                async with timeout(SWEEP_S):
+                async with timeout(PRESSING_S):
                     await self._alarm.wait()
+            begun = time.monotonic()
+            if not (self._doomed or self.connections.pressing or begun > swept + SWEEP_S):
+                continue
             self._alarm.clear()
             doomed, self._doomed = self._doomed, set()
-            begun = time.monotonic()
-            if ended := await asyncio.to_thread(self.connections.sweep, doomed):
+            ended += await asyncio.to_thread(self.connections.sweep, doomed)
+            swept = time.monotonic()
+            if ended and swept > told + TELL_S:
                 log.warning("connections hung up on", extra={"connections": ended})
-            await asyncio.sleep(4 * (time.monotonic() - begun))  # a fifth of a processor at most
+                told, ended = swept, 0
+            await asyncio.sleep(4 * (swept - begun))  # a fifth of a processor at most
 
     def _single(self, handler: Any, call: str) -> Any:
         async def answer(message: bytes, context: Any) -> Any:
@@ -133,9 +140,13 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             async with self.limits.turn("@" + network_of(told), call) as own:
                 yield own
             return
-        async with self.limits.turn(device_id, call) as own:
-            self.connections.used(device_id, told)
-            yield own
+        self.connections.used(device_id, told)
+        try:
+            async with self.limits.turn(device_id, call) as own:
+                yield own
+        except FloodError:
+            self._doomed.update(self.connections.of(device_id))
+            raise
 
 
 async def _unknown(request: Any, context: Any) -> None:

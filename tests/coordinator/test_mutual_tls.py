@@ -14,12 +14,15 @@ import h2.connection
 import pytest
 
 from coordinator.authority import SERVER_DAYS, Authority
+from coordinator.callers import device_of_call
 from coordinator.certificates import CLIENT, SERVER, Signer, authority, host_names, key_pem, leaf
 
 from coordinator.certificates import new_key, pem  # isort: skip
 from coordinator.config import PkiSection
 from coordinator.listeners import _authority_credentials, _pki_credentials
+from coordinator.service import refuse
 from coordinator.store.schema import certificates
+from coordinator.throttle import Throttle
 from edge_agent import certified
 from edge_agent.certified import CertifiedMembership, OwnPkiMembership, own_credentials
 from edge_agent.identity import Pair
@@ -335,9 +338,10 @@ def test_certificates_are_handed_to_grpc_only_when_they_changed(tmp_path, monkey
     )  # fmt: skip
     at = [time.time()]
     authority = Authority.create(tmp_path / "ca", ["127.0.0.1"], clock=lambda: at[0])
-    _authority_credentials(authority, mutual=True)
+    throttle = Throttle(device_of_call, refuse)
+    _authority_credentials(authority, throttle, mutual=True)
     own = OwnPki(tmp_path / "pki")
-    _pki_credentials(own.section)
+    _pki_credentials(own.section, throttle)
     of_authority, of_pki = taken
     assert of_authority() is None and of_pki() is None
     at[0] += SERVER_DAYS * 86400 * 0.9  # the listeners' certificate is renewed

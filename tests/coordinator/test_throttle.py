@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 
 import grpc
@@ -11,11 +10,10 @@ import pytest
 
 from coordinator import limits as limits_module
 from coordinator import throttle as throttle_module
-from coordinator.connections import ANONYMOUS_S, MOST_OF_DEVICE, Connections, network_of, peer_of
 from coordinator.limits import CALLS
 from edge_agent import link as link_module
 from edge_agent.link import Link, LinkError, RefusedError
-from profiles.compat import wait_for
+from profiles.compat import timeout, wait_for
 from protos.contract import Reason
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 from protos.status import reason_of, retry_after_s, status_of
@@ -34,10 +32,10 @@ def strict(monkeypatch):
         monkeypatch.setattr(module, "HOLD_S", 0.05)
 
 
-def raw(device, call, message=b""):
+def raw(device, call, message=b"", timeout_s=10):
     """A call as bytes, over the device's own connection and credential."""
     method = device.link._control.unary_unary(FLEET + call)
-    return method(message, metadata=device.link._metadata, timeout=10)
+    return method(message, metadata=device.link._metadata, timeout=timeout_s)
 
 
 async def refusal(call):
@@ -47,11 +45,11 @@ async def refusal(call):
     return error.value.code(), reason_of(error.value)[0], retry_after_s(error.value)
 
 
-async def flood(device, calls):
+async def flood(device, calls, timeout_s=10):
     """So many polls at once; the refusals among their ends."""
     poll = pb.NextTaskRequest(wait_s=0).SerializeToString()
     ended = await asyncio.gather(
-        *(raw(device, "NextTask", poll) for _ in range(calls)), return_exceptions=True
+        *(raw(device, "NextTask", poll, timeout_s) for _ in range(calls)), return_exceptions=True
     )
     return [error for error in ended if isinstance(error, grpc.aio.AioRpcError)]
 
@@ -68,22 +66,32 @@ async def test_a_device_that_polls_too_fast_is_told_how_long_to_wait(harness, tm
         assert time.monotonic() - begun < 1, "another device waited too"
 
 
-async def test_a_flood_is_hung_up_on_and_others_are_not(harness, tmp_path, strict, impatient):
+async def test_a_flood_is_not_heard_for_a_while_and_others_are(harness, tmp_path, strict, caplog):
     async with harness.fleet(tmp_path, **TWO) as fleet:
-        throttle = fleet.coordinator.server.throttle
+        connections = fleet.coordinator.server.throttle.connections
+        other, later = Link(fleet.coordinator.address), Link(fleet.coordinator.address)
+        other.credential = later.credential = fleet["ash"].link.credential
+        await other.next_task(None, "", 0, 10)
+        for device in ("ash", "birch"):
+            await fleet[device].poll()
+        mine = set(connections.of("ash"))
+        assert len(mine) == 2
+        async with timeout(20):
+            while not connections._deaf:
+                await flood(fleet["ash"], 30, timeout_s=0.5)
+        assert connections._deaf.keys() >= mine, "one of its connections is heard"
+        poll = pb.NextTaskRequest(wait_s=0).SerializeToString()
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await raw(fleet["ash"], "NextTask", poll, timeout_s=0.5)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, "heard, or hung up on"
+        assert not connections._deaf.keys() & set(connections.of("birch"))
         await fleet["birch"].poll()
-        ended = []
-        hang_up = throttle.connections._hang_up
-        throttle.connections._hang_up = lambda peers: ended.append(set(peers)) or hang_up(peers)
-        refused = []
-        for _ in range(8):
-            refused += await flood(fleet["ash"], 30)
-        assert ended, "the flood's connection was left open"
-        assert any(error.code() is grpc.StatusCode.UNAVAILABLE for error in refused)
-        mine = {p for peers in ended for p in peers}
-        theirs = set(throttle.connections._of_device["birch"])
-        assert not mine & theirs
-        await fleet["birch"].poll()
+        with pytest.raises(LinkError):
+            await later.next_task(None, "", 0, 0.5)  # nor over a new connection
+        await other.close()
+        await later.close()
+        told = [r.getMessage() for r in caplog.records if "floods" in r.getMessage()]
+        assert len(told) == 1 and "revoke ash" in told[0]
 
 
 async def test_bytes_that_are_no_message_are_refused_without_a_word_in_the_log(
@@ -196,85 +204,3 @@ async def test_bytes_of_an_update_are_counted_however_often_it_is_begun(
             except RefusedError as error:
                 reasons.append(type(error).__name__)
         assert "waits" in reasons, f"garbage without an end: {reasons}"
-
-
-# --- connections --------------------------------------------------------------------------------
-
-
-def test_peers_and_networks_are_told_by_grpc_s_names():
-    assert peer_of("ipv4:10.0.0.1:80") == ("10.0.0.1", 80)
-    assert peer_of("ipv6:%5B::1%5D:80") == ("::1", 80)
-    assert peer_of("unix:") is None
-    assert network_of("ipv4:10.0.0.1:80") == "10.0.0.1"
-    assert network_of("ipv6:%5B2001:db8::1%5D:8") == network_of("ipv6:%5B2001:db8::2%5D:9")
-    assert network_of("ipv6:%5B2001:db8::1%5D:8") != network_of("ipv6:%5B2001:db9::1%5D:8")
-
-
-class Place:
-    """A listener with some connections to it."""
-
-    def __enter__(self):
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.pairs = []
-        return self
-
-    def __exit__(self, *_):
-        for pair in self.pairs:
-            for end in pair:
-                end.close()
-        self.listener.close()
-
-    def dial(self):
-        """(the far end, gRPC's name for it)."""
-        far = socket.create_connection(("127.0.0.1", self.port))
-        self.pairs.append((far, self.listener.accept()[0]))
-        return far, f"ipv4:127.0.0.1:{far.getsockname()[1]}"
-
-
-def open_yet(far):
-    """Whether the other end has not hung up."""
-    far.setblocking(False)
-    try:
-        return far.recv(1) != b""
-    except BlockingIOError:
-        return True
-
-
-def test_strangers_that_say_nothing_are_hung_up_on_and_devices_are_not():
-    now = [0.0]
-    connections = Connections(lambda: now[0])
-    with Place() as place:
-        connections.ports = {place.port}
-        stranger, device = place.dial(), place.dial()
-        connections.used("ash", device[1])
-        assert connections.sweep() == 0
-        now[0] = ANONYMOUS_S + 1
-        assert connections.sweep() == 1
-        assert not open_yet(stranger[0]) and open_yet(device[0])
-
-
-def test_a_device_keeps_its_newest_connections():
-    now = [0.0]
-    connections = Connections(lambda: now[0])
-    with Place() as place:
-        connections.ports = {place.port}
-        dialled = [place.dial() for _ in range(MOST_OF_DEVICE + 3)]
-        for number, (_, told) in enumerate(dialled):
-            now[0] = float(number)
-            connections.used("ash", told)
-        assert connections.sweep() == 3
-        assert [open_yet(far) for far, _ in dialled] == [False] * 3 + [True] * MOST_OF_DEVICE
-
-
-def test_what_is_closed_is_forgotten():
-    now = [0.0]
-    connections = Connections(lambda: now[0])
-    with Place() as place:
-        connections.ports = {place.port}
-        connections.used("ash", place.dial()[1])
-        for end in place.pairs.pop():
-            end.close()
-        now[0] = 1000.0
-        connections.sweep()
-        assert not connections._known and not connections._of_device and not connections._first_seen
