@@ -1,9 +1,10 @@
 """One enrolled device that asks for everything at once, as fast as it can, in every way it knows.
 
 `python -m benchmarks._flooder ADDRESS SHOWN HOW`. SHOWN is a credential or, for mutual TLS, the
-folder of an identity. HOW is "beyond" all limits, or at them and not "beneath", so that it is never
-shut out. Prints a line when it has begun, and at SIGTERM one line of JSON with how often it tried
-what. Takes no part in rounds, so that what it costs the others is the flood alone.
+folder of an identity. HOW is "all" ways at once; only "dials", or "frames" of HTTP/2 that are no
+calls; or "beneath" all limits, so that it is never shut out. Prints a line when it has begun, and
+at SIGTERM one line of JSON with how often it tried what. Takes no part in rounds, so that what it
+costs the others is the flood alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hpack
 
 from edge_agent.identity import Identity
 from protos.chunk import Chunk, chunk_message
@@ -34,6 +37,20 @@ DIALS = 16  # that go on at once and end with the handshake
 SILENT_S = 1.0  # without an answer: dialled anew
 FLEET, TRANSFER = "/sketchfleet.v1.FleetService/", "/sketchfleet.v1.TransferService/"
 NOISE = os.urandom(512 * 1024)
+
+
+def _frame(kind: int, payload: bytes, flags: int = 0, stream: int = 0) -> bytes:
+    """RFC 9113, 4.1."""
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags])
+    return head + stream.to_bytes(4, "big") + payload
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, b"")
+FRAMES = {  # no window is opened so often that it would be an error
+    "settings": _frame(4, b""), "window update": _frame(8, bytes([0, 0, 0, 1])),
+    "priority": _frame(2, bytes(5), stream=1), "unknown": _frame(99, b""),
+    "ping": _frame(6, bytes(8)),
+}  # fmt: skip
 
 
 class Flooder:
@@ -76,7 +93,18 @@ class Flooder:
 
         await asyncio.gather(*(at(*each) for each in often))
 
-    async def beyond(self) -> None:
+    async def dials(self) -> None:
+        """Never returns."""
+        await asyncio.gather(*(self._forever(self._dialled) for _ in range(4 * DIALS)))
+
+    async def frames(self) -> None:
+        """Never returns. Each kind over connections of a device, and over a stranger's."""
+        await asyncio.gather(
+            *(self._forever(functools.partial(self._framed, kind, known))
+              for kind in FRAMES for known in (True, False))
+        )  # fmt: skip
+
+    async def all(self) -> None:
         """Never returns."""
         poll = pb.NextTaskRequest(wait_s=0).SerializeToString()
         report = pb.ReportRequest(report=pb.LocalReport(assignment_id="bench.0.other"))
@@ -128,9 +156,7 @@ class Flooder:
     async def _dialled(self) -> None:
         """A connection for its own sake: over TLS, a handshake."""
         self.tried["dial"] += 1
-        host, _, port = self._address.rpartition(":")
-        dialling = asyncio.open_connection(host, int(port), ssl=self._tls)
-        _, writer = await asyncio.wait_for(dialling, SILENT_S)
+        _, writer = await self._connected()
         self.tried["dialled"] += 1
         writer.close()
 
@@ -142,6 +168,34 @@ class Flooder:
         heavy = pb.NextTaskRequest(wait_s=0)
         heavy.profile.board = "x" * 60_000
         await self._unary("profile", FLEET + "NextTask", heavy.SerializeToString())
+
+    async def _framed(self, kind: str, known: bool) -> None:
+        """A connection full of frames; a known one has made a call."""
+        reader, writer = await self._connected()
+        writer.write(PREFACE)
+        if known:
+            writer.write(self._poll_frames())
+            await reader.read(1)
+            await asyncio.sleep(0.3)
+        hung_up = asyncio.ensure_future(_read_all(reader))
+        while not hung_up.done():
+            self.tried[f"frames: {kind}"] += 2000
+            writer.write(2000 * FRAMES[kind])
+            await asyncio.wait_for(writer.drain(), 2 * SILENT_S)
+            await asyncio.sleep(0)
+        writer.close()
+
+    def _poll_frames(self) -> bytes:
+        told = {":method": "POST", ":scheme": "https" if self._tls else "http", ":authority": "-",
+                ":path": FLEET + "NextTask", "content-type": "application/grpc", "te": "trailers",
+                **dict(self._metadata)}  # fmt: skip
+        headers = hpack.Encoder().encode(told.items())
+        return _frame(1, headers, flags=4, stream=1) + _frame(0, bytes(5), flags=1, stream=1)
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, _, port = self._address.rpartition(":")
+        dialling = asyncio.open_connection(host, int(port), ssl=self._tls)
+        return await asyncio.wait_for(dialling, SILENT_S)
 
     async def _reset(self) -> None:
         """Begun and broken off at once: needs no slot that is free."""
@@ -203,6 +257,11 @@ class Flooder:
             await asyncio.sleep(0.02)
 
 
+async def _read_all(reader: asyncio.StreamReader) -> None:
+    while await reader.read(1 << 16):
+        continue
+
+
 def _context(identity: Identity) -> ssl.SSLContext:
     """Shows the device's certificate, and does not look at the coordinator's: that is dear."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -219,7 +278,8 @@ async def main() -> None:
     flooder = Flooder(sys.argv[1], sys.argv[2])
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    ways = {"beyond": flooder.beyond, "beneath": flooder.beneath}
+    ways = {"all": flooder.all, "dials": flooder.dials, "frames": flooder.frames,
+            "beneath": flooder.beneath}  # fmt: skip
     running = asyncio.create_task(ways[sys.argv[3]]())
     print("begun", flush=True)
     await stop.wait()

@@ -213,10 +213,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one pair of three rounds each")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tls", action="store_true", help="everybody over mutual TLS")
-    parser.add_argument("--beneath", action="store_true",
-                        help="by one that stays just beneath the limits")  # fmt: skip
+    parser.add_argument("--how", choices=["all", "dials", "frames", "beneath"], default="all",
+                        help="connections alone, frames of HTTP/2 that are no calls alone, or "
+                        "calls and connections just beneath the limits")  # fmt: skip
     asked = parser.parse_args()
-    how = "beneath" if asked.beneath else "beyond"
     pairs, count = (1, 3) if asked.quick else (asked.pairs, 6)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -232,10 +232,10 @@ def main() -> None:
         with LocalFleet(folder / "fleet", run, [], secured=asked.tls) as fleet:
             fleet.start_coordinator()
             fleet.await_token()
-            found = asyncio.run(measure(fleet, folder, pairs, count, how))
+            found = asyncio.run(measure(fleet, folder, pairs, count, asked.how))
     print(f"rounds of {DEVICES} devices in a flood by a fifth: {found['ratio']:.2f} times as long "
           f"({found['lowest']:.2f} to {found['highest']:.2f})")  # fmt: skip
-    print(json.dumps({"benchmark": "flood", "how": how, "tls": asked.tls, "results": found}))
+    print(json.dumps({"benchmark": "flood", "how": asked.how, "tls": asked.tls, "results": found}))
 
 
 if __name__ == "__main__":

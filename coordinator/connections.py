@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import logging
 import os
 import resource
 import socket
 import stat
+import struct
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Set
+from dataclasses import dataclass
 
-from coordinator.limits import FLOOD_S, MOST_ADDRESSES, Bucket
+from coordinator.dialling import Dialling
+from coordinator.limits import FLOOD_S
 from coordinator.tarpit import Network, deafen, gate, hear
-
-log = logging.getLogger("sketchfleet.coordinator")
 
 Peer = tuple[str, int]
 MOST_OF_DEVICE = 8  # connections; an agent has two, and a broken one may linger
 ANONYMOUS_S = 20.0  # a connection may be open without a call that was let in
 DEAF_S = FLOOD_S  # then a flood's connection is hung up on
-DIALS_PER_S, DIALS_BURST = 20.0, 300.0  # from one address, perhaps a lab's; an agent dials twice
-GATED_S = 10.0  # an address is shut out at once, at most
+STRANGE_BYTES = 256 << 10  # before a call is let in; the largest that is asks with 64 KiB
 SPARE_FILES = 256  # descriptors that are not for connections
 MOST_CONNECTIONS = 16_384
-TELL_S = 60.0  # between two lines of the log on one matter
 
 
 def peer_of(told: str) -> Peer | None:
@@ -67,19 +65,29 @@ def room_for_connections() -> int:
     return max(SPARE_FILES, max(soft, wanted) - SPARE_FILES)
 
 
-class _Dialling:
-    """How often one address dials."""
+@dataclass(frozen=True)
+class Crossed:
+    """Bytes of connections: that the kernel received, and that it sent and saw acknowledged."""
 
-    def __init__(self, now: float) -> None:
-        self.dials = Bucket(DIALS_PER_S, DIALS_BURST, now)
-        self._told_at = float("-inf")
+    received: int
+    sent: int
 
-    def tell(self, network: Network, now: float) -> None:
-        """Says so in the log, once in a while."""
-        if now > self._told_at + TELL_S:
-            self._told_at = now
-            log.warning("%s opens more than %.0f connections a second; further ones from there "
-                        "wait", network, DIALS_PER_S)  # fmt: skip
+    def __add__(self, other: Crossed) -> Crossed:
+        return Crossed(self.received + other.received, self.sent + other.sent)
+
+    def __sub__(self, other: Crossed) -> Crossed:
+        return Crossed(self.received - other.received, self.sent - other.sent)
+
+
+NOTHING = Crossed(0, 0)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """On how many connections was hung up, and what crossed those of each device since the last."""
+
+    hung_up: int
+    crossed: dict[str, Crossed]
 
 
 class Connections:
@@ -92,18 +100,9 @@ class Connections:
         self._known: dict[Peer, str] = {}
         self._first_seen: dict[Peer, float] = {}
         self._deaf: dict[Peer, float] = {}  # since when
-        self._dialled = 0  # since the last sweep
-        self._dialling: OrderedDict[Network, _Dialling] = OrderedDict()
-        self._gated: dict[Network, float] = {}  # until when
-
-    def dialled(self) -> None:
-        """A handshake begins. Of one that ends before a sweep nothing else is seen."""
-        self._dialled += 1
-
-    @property
-    def pressing(self) -> bool:
-        """Whether a sweep should not wait."""
-        return self._dialled > MOST_OF_DEVICE or bool(self._gated)
+        self._crossed: dict[Peer, Crossed] = {}  # at the last sweep
+        self.dialling = Dialling()
+        self._shut_out: set[Network] = set()
 
     def used(self, device_id: str, told: str) -> None:
         """A call of this device was let in over the connection that gRPC names so."""
@@ -116,55 +115,55 @@ class Connections:
         """The connections of a device that calls came over."""
         return list(self._of_device.get(device_id, ()))
 
-    def sweep(self, flooding: Collection[Peer] = ()) -> int:
+    def sweep(self, flooding: Collection[Peer] = ()) -> Swept:
         """Makes these deaf; hangs up on strangers that say nothing, on what is too many of a
         device, and in the end on the deaf; shuts out for a while those that dial too often.
-
-        Returns on how many it hung up.
         """
-        now, live = self._clock(), {peer for peer, _ in _sockets(self.ports)}
-        for known in (self._first_seen, self._deaf):
-            for peer in known.keys() - live:
-                del known[peer]
+        now, known = self._clock(), dict(self._known)
+        crossed = {peer: _crossed(connection) for peer, connection in _sockets(self.ports)}
+        live = crossed.keys()
+        for seen in (self._first_seen, self._deaf, self._crossed):
+            for peer in seen.keys() - live:
+                del seen[peer]
         new = live - self._first_seen.keys()
         self._first_seen.update(dict.fromkeys(new, now))
-        self._watch_the_gate(now, new)
+        strange = live - known.keys() - self._deaf.keys()
+        loud = {peer for peer in strange if crossed[peer].received > STRANGE_BYTES}
+        self._gate(self.dialling.shut_out(now, Counter(map(_network, new)),
+                                          Counter(map(_network, loud))))  # fmt: skip
         over = {peer for peer, since in self._deaf.items() if now - since > DEAF_S}
-        over |= self._deafen(set(flooding) & live - self._deaf.keys())
-        for peer in live - self._deaf.keys():
-            if peer not in self._known and now - self._first_seen[peer] > ANONYMOUS_S:
-                over.add(peer)
+        over |= {peer for peer in strange if now - self._first_seen[peer] > ANONYMOUS_S}
+        over |= self._deafen((loud | set(flooding)) & live - self._deaf.keys())
+        heard = live - self._deaf.keys()
+        over |= self._too_many(now, live, heard)
+        moved: dict[str, Crossed] = {}
+        for peer in heard & known.keys():
+            more = crossed[peer] - self._crossed.get(peer, NOTHING)
+            moved[known[peer]] = moved.get(known[peer], NOTHING) + more
+        self._crossed = crossed
+        return Swept(self._hang_up(over) if over else 0, moved)
+
+    def _too_many(self, now: float, live: Set[Peer], heard: Set[Peer]) -> set[Peer]:
+        """A device's oldest. Forgets those that are closed."""
+        over: set[Peer] = set()
         for device_id, peers in list(self._of_device.items()):
-            there = sorted((at, peer) for peer, at in list(peers.items())
-                           if peer in live and peer not in self._deaf)  # fmt: skip
             for gone in [peer for peer in list(peers) if peer not in live]:
                 if now - peers[gone] > ANONYMOUS_S:  # or it was opened since
                     del peers[gone]
                     self._known.pop(gone, None)
             if not peers:
                 del self._of_device[device_id]
+            there = sorted((at, peer) for peer, at in list(peers.items()) if peer in heard)
             over.update(peer for _, peer in there[: max(0, len(there) - MOST_OF_DEVICE)])
-        return self._hang_up(over) if over else 0
+        return over
 
-    def _watch_the_gate(self, now: float, new: Collection[Peer]) -> None:
-        """Dials that no sweep saw are put down to addresses of new connections, of which a flood
-        has some at any moment.
-        """
-        dialled, self._dialled = max(self._dialled, len(new)), 0
-        gated = {network: until for network, until in self._gated.items() if until > now}
-        for network, count in Counter(map(_network, new)).items():
-            own = self._dialling.pop(network, None) or _Dialling(now)
-            self._dialling[network] = own
-            if len(self._dialling) > MOST_ADDRESSES:
-                self._dialling.popitem(last=False)
-            if wait_s := own.dials.take(now, float("inf"), count * dialled / len(new)):
-                gated[network] = now + min(wait_s, GATED_S)
-                own.tell(network, now)
-        if gated.keys() != self._gated.keys():
-            for listener in _listeners(self.ports):
-                with contextlib.suppress(OSError):  # then its dialling costs what it costs
-                    gate(listener, gated) if gated else hear(listener)
-        self._gated = gated
+    def _gate(self, shut_out: set[Network]) -> None:
+        if shut_out == self._shut_out:
+            return
+        self._shut_out = shut_out
+        for listener in _listeners(self.ports):
+            with contextlib.suppress(OSError):  # no such filters: dialling costs what it costs
+                gate(listener, shut_out) if shut_out else hear(listener)
 
     def _deafen(self, peers: Collection[Peer]) -> set[Peer]:
         """Returns those that the kernel has no filter for."""
@@ -218,6 +217,13 @@ def _at(ports: Collection[int]) -> Iterator[socket.socket]:
             own = connection.getsockname()
             if isinstance(own, tuple) and own[1] in ports:
                 yield connection
+
+
+def _crossed(connection: socket.socket) -> Crossed:
+    """tcpi_bytes_received and tcpi_bytes_acked of struct tcp_info, linux/tcp.h."""
+    facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    sent, received = struct.unpack_from("QQ", facts, 120)
+    return Crossed(received, sent)
 
 
 def _plain(address: str) -> str:

@@ -27,6 +27,10 @@ log = logging.getLogger("sketchfleet.coordinator")
 HOLD_S = 5.0  # a call is kept waiting at most
 CALLS_PER_S, CALLS_BURST = 20.0, 200.0  # of a device; an agent makes one in 20 s, and 20 a round
 MESSAGES_PER_S, MESSAGES_BURST = 400.0, 4000.0  # in its streams; beyond, they are read slower
+NOISE_PER_S = 65_536.0  # bytes of a device's connections that are in no message, either way
+NOISE_IN_BURST = float(64 << 20)  # a window's worth lies in buffers before its messages are taken
+NOISE_OUT_BURST = float(1 << 20)
+NOISE_SHARE, NOISE_BACK = 0.1, 0.02  # of messages comes along, and of theirs goes the other way
 SILENT_S = 120.0  # without a message, an upload or a probe ends; agents give up after 45 s
 STRANGERS_PER_S, STRANGERS_BURST = 10.0, 300.0  # calls to join from one address, perhaps a lab's
 FLOOD_S = 60.0  # a device that floods is not heard
@@ -117,6 +121,36 @@ class Bucket:
         self._at = now
 
 
+class Noise:
+    """What crosses a device's connections and is in no message of a call that was let in.
+
+    Frames of HTTP/2 that are no calls, which gRPC heeds and answers unasked (pings, settings), and
+    messages of calls that were refused. Some goes along with whatever is sent.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._coming = Bucket(NOISE_PER_S, NOISE_IN_BURST, now)
+        self._going = Bucket(NOISE_PER_S, NOISE_OUT_BURST, now)
+        self._taken = self._given = 0.0
+
+    def taken(self, message_bytes: int) -> None:
+        """A message that came."""
+        self._taken += (1 + NOISE_SHARE) * message_bytes
+
+    def given(self, message_bytes: int) -> None:
+        """A message that goes, perhaps long after this."""
+        self._given += (1 + NOISE_SHARE) * message_bytes
+
+    def crossed(self, now: float, received_bytes: int, sent_bytes: int) -> bool:
+        """So much crossed the connections since the last time; returns whether it is too much."""
+        coming = received_bytes - self._taken - NOISE_BACK * sent_bytes
+        going = sent_bytes - min(self._given, sent_bytes) - NOISE_BACK * received_bytes
+        self._taken, self._given = 0.0, self._given - min(self._given, sent_bytes)
+        waits = [bucket.take(now, float("inf"), noise)
+                 for bucket, noise in ((self._coming, coming), (self._going, going))]  # fmt: skip
+        return any(waits)
+
+
 @dataclass
 class Device:
     """What one device uses just now."""
@@ -124,6 +158,7 @@ class Device:
     calls: Bucket
     over: Bucket  # calls beyond those
     messages: Bucket
+    noise: Noise
     flooding_until: float = float("-inf")
     running: dict[str, list[asyncio.Task[object]]] = field(default_factory=dict)
 
@@ -155,10 +190,7 @@ class Limits:
             await asyncio.sleep(wait_s)
         if wait_s is None or self._open[name] >= allowed.in_all:
             if own.over.take(self._clock(), 0.0) is None:
-                if not device_id.startswith("@"):  # of an address, others may call too
-                    own.flooding_until = self._clock() + FLOOD_S
-                    log.warning("%s floods; not heard for %.0f s (`sketchfleet-coordinator revoke "
-                                "%s` ends it)", device_id, FLOOD_S, device_id)  # fmt: skip
+                self._floods(device_id, own)
                 raise FloodError(device_id)
             await asyncio.sleep(HOLD_S)
             who = device_id if wait_s is None else "the fleet"
@@ -192,6 +224,14 @@ class Limits:
         self._ended.add(task)
         task.cancel()
 
+    def crossed(self, device_id: str, received_bytes: int, sent_bytes: int) -> bool:
+        """So much crossed a device's connections; returns whether it floods them with noise."""
+        own = self._of(device_id)
+        if own.noise.crossed(self._clock(), received_bytes, sent_bytes):
+            self._floods(device_id, own)
+            return True
+        return False
+
     async def message(self, own: Device) -> None:
         """One more message in a stream of a device: waits until it is due."""
         if wait_s := own.messages.take(self._clock(), float("inf")):
@@ -219,6 +259,12 @@ class Limits:
             if not self._held[address]:
                 del self._held[address]
 
+    def _floods(self, device_id: str, own: Device) -> None:
+        if not device_id.startswith("@"):  # at an address there may be others
+            own.flooding_until = self._clock() + FLOOD_S
+            log.warning("%s floods; not heard for %.0f s (`sketchfleet-coordinator revoke %s` ends "
+                        "it)", device_id, FLOOD_S, device_id)  # fmt: skip
+
     def _of(self, device_id: str) -> Device:
         found = self._devices.get(device_id)
         if found is None:
@@ -228,7 +274,7 @@ class Limits:
                 self._forget_strangers()
             found = Device(
                 Bucket(*rate, now), Bucket(OVER_PER_S, OVER_BURST, now),
-                Bucket(MESSAGES_PER_S, MESSAGES_BURST, now),
+                Bucket(MESSAGES_PER_S, MESSAGES_BURST, now), Noise(now),
             )  # fmt: skip
             self._devices[device_id] = found
         return found

@@ -205,7 +205,7 @@ def _credentials(
         and dies of it when connections come and go by the dozen (grpcio 1.85.1).
         """
         nonlocal latest
-        throttle.connections.dialled()
+        throttle.connections.dialling.begun()
         before = latest
         try:
             latest = shown()

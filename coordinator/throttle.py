@@ -16,7 +16,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from coordinator.connections import TELL_S, Connections, Peer, network_of, peer_of
+from coordinator.connections import Connections, Peer, network_of, peer_of
+from coordinator.dialling import TELL_S
 from coordinator.limits import HOLD_S, SILENT_S, Device, FloodError, Limits
 from profiles.compat import timeout
 from protos.contract import ContractError, Reason, RefusalError
@@ -24,7 +25,8 @@ from protos.contract import ContractError, Reason, RefusalError
 log = logging.getLogger("sketchfleet.coordinator")
 
 Refuse = Callable[[Any, Exception], Awaitable[None]]
-SWEEP_S, PRESSING_S = 5.0, 0.25  # between two looks at the connections, and where many dial
+SWEEP_S = 0.25  # between two looks at the connections, and longer where they are many
+AGAIN_S = 5.0  # after a look that failed
 TURNED_AWAY = (Reason.BAD_CREDENTIAL, Reason.BAD_TOKEN, Reason.REVOKED, Reason.PENDING)
 
 
@@ -66,31 +68,42 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         await self._refuse(context, error)
 
     async def watch(self, ports: set[int]) -> None:
-        """Sweeps connections until it is cancelled: at once where one floods or many dial."""
+        """Sweeps connections until it is cancelled; at once where a call was a flood."""
         self.connections.ports = ports
-        swept = told = float("-inf")
-        ended = 0
+        told, ended, took_s = float("-inf"), 0, 0.0
         while True:
+            await asyncio.sleep(4 * took_s)  # a fifth of a processor at most
             with contextlib.suppress(TimeoutError):
-                async with timeout(PRESSING_S):
+                async with timeout(max(SWEEP_S, 50 * took_s)):
                     await self._alarm.wait()
-            begun = time.monotonic()
-            if not (self._doomed or self.connections.pressing or begun > swept + SWEEP_S):
-                continue
             self._alarm.clear()
             doomed, self._doomed = self._doomed, set()
-            ended += await asyncio.to_thread(self.connections.sweep, doomed)
-            swept = time.monotonic()
-            if ended and swept > told + TELL_S:
+            begun = time.monotonic()
+            try:
+                swept = await asyncio.to_thread(self.connections.sweep, doomed)
+            except OSError:  # no descriptor left, even to list them with
+                log.exception("connections were not looked at")
+                await asyncio.sleep(AGAIN_S)
+                continue
+            now = time.monotonic()
+            took_s = now - begun
+            for device_id, crossed in swept.crossed.items():
+                if self.limits.crossed(device_id, crossed.received, crossed.sent):
+                    self._doomed.update(self.connections.of(device_id))
+                    self._alarm.set()
+            ended += swept.hung_up
+            if ended and now > told + TELL_S:
                 log.warning("connections hung up on", extra={"connections": ended})
-                told, ended = swept, 0
-            await asyncio.sleep(4 * (swept - begun))  # a fifth of a processor at most
+                told, ended = now, 0
 
     def _single(self, handler: Any, call: str) -> Any:
         async def answer(message: bytes, context: Any) -> Any:
             try:
-                async with self._turn(context, call):
-                    return await handler.unary_unary(_parsed(handler, message), context)
+                async with self._turn(context, call) as own:
+                    own.noise.taken(len(message))
+                    answered = await handler.unary_unary(_parsed(handler, message), context)
+                    own.noise.given(_size(answered))
+                    return answered
             except (RefusalError, ContractError) as error:
                 await self.turn_away(context, error)
                 raise
@@ -106,9 +119,11 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     if handler.request_streaming:
                         request = self._read(handler, given, own)
                     else:
+                        own.noise.taken(len(given))
                         request = _parsed(handler, given)
                     async for message in inner(request, context):
                         await self.limits.message(own)
+                        own.noise.given(_size(message))
                         yield message
             except (RefusalError, ContractError) as error:
                 await self.turn_away(context, error)
@@ -128,6 +143,7 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 ) from None
             if message is None:
                 return
+            own.noise.taken(len(message))
             await self.limits.message(own)
             yield _parsed(handler, message)
 
@@ -147,6 +163,10 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except FloodError:
             self._doomed.update(self.connections.of(device_id))
             raise
+
+
+def _size(message: Any) -> int:
+    return len(message) if isinstance(message, bytes) else int(message.ByteSize())
 
 
 async def _unknown(request: Any, context: Any) -> None:

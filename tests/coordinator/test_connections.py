@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+from collections import Counter
 
 import pytest
 
@@ -12,13 +13,14 @@ from coordinator import connections as connections_module
 from coordinator.connections import (
     ANONYMOUS_S,
     DEAF_S,
-    DIALS_BURST,
-    GATED_S,
     MOST_OF_DEVICE,
+    STRANGE_BYTES,
     Connections,
+    Crossed,
     network_of,
     peer_of,
 )
+from coordinator.dialling import DIALS_BURST, LOUD_DIALS, SHUT_OUT_S, Dialling
 from coordinator.tarpit import MOST_GATED, deafen, gate, hear
 
 SOON_S = 0.3  # in which loopback delivers, and TCP does not try a dropped packet again
@@ -95,9 +97,9 @@ def test_strangers_that_say_nothing_are_hung_up_on_and_devices_are_not():
         connections.ports = {place.port}
         stranger, device = place.dial(), place.dial()
         connections.used("ash", device[1])
-        assert connections.sweep() == 0
+        assert connections.sweep().hung_up == 0
         now[0] = ANONYMOUS_S + 1
-        assert connections.sweep() == 1
+        assert connections.sweep().hung_up == 1
         assert not open_yet(stranger[0]) and open_yet(device[0])
 
 
@@ -110,7 +112,7 @@ def test_a_device_keeps_its_newest_connections():
         for number, (_, told) in enumerate(dialled):
             now[0] = float(number)
             connections.used("ash", told)
-        assert connections.sweep() == 3
+        assert connections.sweep().hung_up == 3
         assert [open_yet(far) for far, _ in dialled] == [False] * 3 + [True] * MOST_OF_DEVICE
 
 
@@ -196,12 +198,12 @@ def test_a_flood_s_connection_is_deaf_for_a_while_and_then_hung_up_on(place):
     far, told = place.dial()
     place.connections.used("ash", told)
     place.now[0] = 1.0
-    assert place.connections.sweep({peer_of(told)}) == 0
+    assert place.connections.sweep({peer_of(told)}).hung_up == 0
     assert open_yet(far) and not place.hears()
     place.now[0] = DEAF_S
-    assert place.connections.sweep() == 0
+    assert place.connections.sweep().hung_up == 0
     place.now[0] = DEAF_S + 2
-    assert place.connections.sweep() == 1
+    assert place.connections.sweep().hung_up == 1
     assert not open_yet(far)
     with pytest.raises(FileNotFoundError):
         hear(place.pairs[-1][1])  # the filter is gone: the kernel hears the peer's goodbye
@@ -212,7 +214,7 @@ def test_deaf_connections_do_not_count_among_a_device_s_own(place):
     for _, told in dialled:
         place.connections.used("ash", told)
     flooding = {peer_of(told) for _, told in dialled[:3]}
-    assert place.connections.sweep(flooding) == 0
+    assert place.connections.sweep(flooding).hung_up == 0
     assert all(open_yet(far) for far, _ in dialled)
 
 
@@ -224,7 +226,7 @@ def test_where_the_kernel_has_no_filters_a_flood_is_hung_up_on(place, monkeypatc
     monkeypatch.setattr(connections_module, "gate", fail)
     far, told = place.dial()
     place.connections.used("ash", told)
-    assert place.connections.sweep({peer_of(told)}) == 1
+    assert place.connections.sweep({peer_of(told)}).hung_up == 1
     assert not open_yet(far)
     flood_of_dials(place)
     assert place.lets_in()
@@ -234,7 +236,7 @@ def flood_of_dials(place):
     """More handshakes from one address than it may begin; a sweep sees only the last."""
     far, _ = place.dial()
     for _ in range(int(DIALS_BURST) + 40):
-        place.connections.dialled()
+        place.connections.dialling.begun()
     place.connections.sweep()
     far.close()
 
@@ -242,21 +244,19 @@ def flood_of_dials(place):
 def test_who_dials_too_often_is_shut_out_for_a_while_and_others_are_not(place, caplog):
     known = place.dial()
     place.connections.used("birch", known[1])
-    assert not place.connections.pressing
     flood_of_dials(place)
-    assert place.connections.pressing
     assert not place.lets_in() and place.lets_in("127.0.0.2")
     assert open_yet(known[0])
     assert [r.getMessage() for r in caplog.records if "127.0.0.1/32 opens" in r.getMessage()]
-    place.now[0] = GATED_S + 1
+    place.now[0] = SHUT_OUT_S + 1
     place.connections.sweep()
-    assert place.lets_in() and not place.connections.pressing
+    assert place.lets_in()
 
 
 def test_dials_of_a_lab_are_let_in(place):
     place.dial()
     for _ in range(int(DIALS_BURST) - 10):
-        place.connections.dialled()
+        place.connections.dialling.begun()
     place.connections.sweep()
     assert place.lets_in()
 
@@ -266,3 +266,86 @@ def test_a_connection_counts_as_one_dial_however_long_it_is_deaf(place):
     for _ in range(int(DIALS_BURST) + 9):
         place.connections.sweep({peer_of(told)})
     assert place.lets_in()
+
+
+def say(place, size_bytes):
+    """The newest far end says so much, which is heard; returns both ends."""
+    far, near = place.pairs[-1]
+    for start in range(0, size_bytes, 1 << 16):
+        block = min(1 << 16, size_bytes - start)
+        far.sendall(bytes(block))
+        while block:
+            block -= len(near.recv(block))
+    return far, near
+
+
+def test_what_crosses_a_device_s_connections_is_told_from_one_sweep_to_the_next(place):
+    for size in (1000, 500):
+        _, told = place.dial()
+        place.connections.used("ash", told)
+        say(place, size)
+    stranger, _ = place.dial()
+    say(place, 77)
+    assert place.connections.sweep().crossed == {"ash": Crossed(1500, 0)}
+    place.pairs.pop()
+    far, near = say(place, 30)
+    near.sendall(bytes(200))
+    far.recv(200, socket.MSG_WAITALL)
+    assert place.connections.sweep().crossed == {"ash": Crossed(30, 200)}
+    assert place.connections.sweep().crossed == {"ash": Crossed(0, 0)}
+    stranger.close()
+
+
+def test_a_stranger_that_says_much_is_not_heard_and_counts_as_many_dials(place):
+    place.dial()
+    say(place, STRANGE_BYTES)
+    place.connections.sweep()
+    assert place.hears(), "a stranger may say so much"
+    known = place.dial()
+    place.connections.used("ash", known[1])
+    say(place, 2 * STRANGE_BYTES)
+    place.connections.sweep()
+    assert place.hears(), "a device may say more"
+    loud = -(-int(DIALS_BURST) // LOUD_DIALS)
+    for _ in range(loud):
+        place.dial()
+        say(place, STRANGE_BYTES + 1)
+    place.connections.sweep()
+    assert not place.hears()
+    assert not place.lets_in() and place.lets_in("127.0.0.2")
+
+
+# --- dialling -------------------------------------------------------------------------------------
+
+LAB, HOME, V6 = (ipaddress.ip_network(n) for n in ("10.0.0.1/32", "10.0.0.2/32", "2001:db8::/64"))
+
+
+def dialled(dialling, now, **new):
+    """Who waits after these new connections of LAB, HOME or V6 were seen."""
+    names = {"lab": LAB, "home": HOME, "v6": V6}
+    return dialling.shut_out(now, Counter({names[n]: k for n, k in new.items()}), Counter())
+
+
+def test_dials_that_nobody_saw_are_put_down_to_addresses_of_those_that_were_seen():
+    dialling = Dialling()
+    for _ in range(400):
+        dialling.begun()
+    assert dialled(dialling, 0.0, lab=10, home=1) == {LAB}  # 364 and 36 of them
+    assert dialled(dialling, 1.0) == {LAB}
+    assert dialled(dialling, 60.0) == set()
+
+
+def test_an_address_waits_until_its_dials_are_within_the_rate_again_and_never_for_long():
+    dialling = Dialling()
+    assert dialled(dialling, 0.0, v6=int(DIALS_BURST) + 40) == {V6}
+    assert dialled(dialling, 1.9) == {V6} and dialled(dialling, 2.1) == set()
+    assert dialled(dialling, 2.1, v6=10_000) == {V6}
+    assert dialled(dialling, 2.1 + SHUT_OUT_S + 0.1) == set()
+
+
+def test_handshakes_that_nobody_is_seen_with_are_nobody_s():
+    dialling = Dialling()
+    for _ in range(10_000):
+        dialling.begun()
+    assert dialled(dialling, 0.0) == set()
+    assert dialled(dialling, 1.0, home=1) == set()

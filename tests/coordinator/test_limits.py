@@ -1,4 +1,4 @@
-"""What one device may ask for: who asks too much waits, is refused, hung up on; others are not."""
+"""What one device may ask for: who asks too much waits, is refused, is not heard; others are."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from coordinator import limits as limits_module
 from coordinator.limits import (
     CALLS,
     CALLS_BURST,
+    FLOOD_S,
     LEAST_SPARE_BYTES,
     MOST_ADDRESSES,
     MOST_HELD,
+    NOISE_IN_BURST,
+    NOISE_OUT_BURST,
+    NOISE_PER_S,
     OVER_BURST,
     REFUSALS_BURST,
     Bucket,
@@ -135,6 +139,64 @@ async def test_who_is_turned_away_again_and_again_waits_and_then_is_hung_up_on()
     assert sum(isinstance(error, FloodError) for error in told) == 3
     await limits.refused("10.0.0.2")
     assert not limits._held and len(limits._addresses) <= MOST_ADDRESSES
+
+
+async def test_a_device_that_floods_is_not_heard_for_a_while_and_strangers_are():
+    now = [0.0]
+    limits = Limits(lambda: now[0])
+    for device in ("ash", "@10.0.0.1"):
+        calls = (call(limits, device) for _ in range(int(CALLS_BURST + OVER_BURST) + 400))
+        told = await asyncio.gather(*calls, return_exceptions=True)
+        assert any(isinstance(error, FloodError) for error in told)
+    now[0] = FLOOD_S - 1
+    with pytest.raises(FloodError):
+        await call(limits)
+    await call(limits, "@10.0.0.1")  # there may be others
+    await call(limits, "birch")
+    now[0] = FLOOD_S + 1
+    await call(limits)
+
+
+# --- noise --------------------------------------------------------------------------------------
+
+
+def test_messages_and_what_goes_along_with_them_are_no_noise():
+    limits = Limits(lambda: 0.0)
+    own = limits._of("ash")
+    for _ in range(1000):
+        own.noise.taken(1 << 20)
+        assert not limits.crossed("ash", int(1.05 * (1 << 20)), 1 << 14)
+        own.noise.given(1 << 20)
+        assert not limits.crossed("ash", 1 << 14, int(1.05 * (1 << 20)))
+
+
+def test_messages_may_come_before_they_are_taken_and_go_after_they_are_given():
+    limits = Limits(lambda: 0.0)
+    own = limits._of("ash")
+    for _ in range(100):
+        assert not limits.crossed("ash", 30 << 20, 0)  # a window's worth
+        own.noise.taken(30 << 20)
+        own.noise.given(30 << 20)
+        assert not limits.crossed("ash", 0, 0)
+        assert not limits.crossed("ash", 0, 30 << 20)
+
+
+@pytest.mark.parametrize(
+    ("received", "sent"), [(NOISE_IN_BURST + 1, 0), (0, NOISE_OUT_BURST + 1)],
+    ids=["frames that nothing answers", "answers to pings"],
+)  # fmt: skip
+def test_frames_that_are_in_no_message_are_a_flood(received, sent, caplog):
+    now = [0.0]
+    limits = Limits(lambda: now[0])
+    assert not limits.crossed("birch", int(received / 2), int(sent / 2))
+    assert limits.crossed("ash", int(received), int(sent))
+    assert "revoke ash" in caplog.text
+    now[0] = FLOOD_S + 1
+    assert not limits.crossed("ash", 0, 0)
+    per_s = int(NOISE_PER_S)
+    for _ in range(1000):
+        now[0] += 1
+        assert not limits.crossed("birch", per_s // 2, per_s // 2)
 
 
 @given(st.lists(st.floats(0, 10), max_size=50), st.floats(0.1, 100), st.floats(1, 100))

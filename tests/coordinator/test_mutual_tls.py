@@ -347,4 +347,5 @@ def test_certificates_are_handed_to_grpc_only_when_they_changed(tmp_path, monkey
     at[0] += SERVER_DAYS * 86400 * 0.9  # the listeners' certificate is renewed
     own.sign("server", SERVER, host_names(["127.0.0.1"]))
     assert of_authority() is not None and of_pki() is not None
+    assert throttle.connections.dialling._begun == 4, "handshakes are not counted"
     assert of_authority() is None and of_pki() is None

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import grpc
+import hpack
 import pytest
 
 from coordinator import limits as limits_module
@@ -92,6 +93,62 @@ async def test_a_flood_is_not_heard_for_a_while_and_others_are(harness, tmp_path
         await later.close()
         told = [r.getMessage() for r in caplog.records if "floods" in r.getMessage()]
         assert len(told) == 1 and "revoke ash" in told[0]
+
+
+def frame(kind, payload=b"", flags=0, stream=0):
+    """Of HTTP/2 (RFC 9113, 4.1)."""
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags])
+    return head + stream.to_bytes(4, "big") + payload
+
+
+async def test_frames_that_are_no_calls_are_a_flood_too(harness, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits_module, "NOISE_IN_BURST", 1e6)
+    async with harness.fleet(tmp_path, **TWO) as fleet:
+        connections = fleet.coordinator.server.throttle.connections
+        for device in ("ash", "birch"):
+            await fleet[device].poll()
+        host, _, port = fleet.coordinator.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        told = {":method": "POST", ":scheme": "http", ":authority": "-", "te": "trailers",
+                ":path": FLEET + "NextTask", "content-type": "application/grpc",
+                "authorization": f"Bearer {fleet['ash'].link.credential}"}  # fmt: skip
+        writer.write(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4)
+            + frame(1, hpack.Encoder().encode(told.items()), flags=4, stream=1)
+            + frame(0, bytes(5), flags=1, stream=1)
+        )  # fmt: skip
+        answers = asyncio.ensure_future(reader.read())
+        async with timeout(20):
+            while not connections._deaf:
+                writer.write(1000 * frame(99))  # of a kind that is to be ignored
+                await asyncio.sleep(0.01)
+        answers.cancel()
+        mine = set(connections.of("ash"))
+        assert len(mine) == 2 and connections._deaf.keys() >= mine
+        assert not connections._deaf.keys() & set(connections.of("birch"))
+        await fleet["birch"].poll()
+        writer.close()
+
+
+async def test_messages_of_calls_are_no_noise(harness, tmp_path, monkeypatch):
+    for name, value in {"NOISE_IN_BURST": 2e6, "NOISE_OUT_BURST": 1e5, "CALLS_BURST": 1e6}.items():
+        monkeypatch.setattr(limits_module, name, value)
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        limits, received, sent, floods = fleet.coordinator.server.throttle.limits, 0, 0, False
+        count = limits.crossed
+
+        def crossed(device_id, more_received, more_sent):
+            nonlocal received, sent, floods
+            received, sent = received + more_received, sent + more_sent
+            floods = count(device_id, more_received, more_sent) or floods
+            return floods
+
+        monkeypatch.setattr(limits, "crossed", crossed)
+        async with timeout(60):
+            while (received < 8e6 or sent < 1e6) and not floods:
+                await fleet["ash"].link.probe(metered=False)
+                await asyncio.sleep(0.3)
+        assert not floods
 
 
 async def test_bytes_that_are_no_message_are_refused_without_a_word_in_the_log(
