@@ -84,10 +84,13 @@ NOTHING = Crossed(0, 0)
 
 @dataclass(frozen=True)
 class Swept:
-    """On how many connections was hung up, and what crossed those of each device since the last."""
+    """On how many connections was hung up, what crossed those of each device since the last sweep,
+    and what it took of a processor.
+    """
 
     hung_up: int
     crossed: dict[str, Crossed]
+    took_s: float
 
 
 class Connections:
@@ -102,7 +105,7 @@ class Connections:
         self._deaf: dict[Peer, float] = {}  # since when
         self._crossed: dict[Peer, Crossed] = {}  # at the last sweep
         self.dialling = Dialling()
-        self._shut_out: set[Network] = set()
+        self._shut_out: frozenset[Network] = frozenset()
 
     def used(self, device_id: str, told: str) -> None:
         """A call of this device was let in over the connection that gRPC names so."""
@@ -119,7 +122,7 @@ class Connections:
         """Makes these deaf; hangs up on strangers that say nothing, on what is too many of a
         device, and in the end on the deaf; shuts out for a while those that dial too often.
         """
-        now, known = self._clock(), dict(self._known)
+        begun, now, known = time.thread_time(), self._clock(), dict(self._known)
         crossed = {peer: _crossed(connection) for peer, connection in _sockets(self.ports)}
         live = crossed.keys()
         for seen in (self._first_seen, self._deaf, self._crossed):
@@ -141,7 +144,8 @@ class Connections:
             more = crossed[peer] - self._crossed.get(peer, NOTHING)
             moved[known[peer]] = moved.get(known[peer], NOTHING) + more
         self._crossed = crossed
-        return Swept(self._hang_up(over) if over else 0, moved)
+        ended = self._hang_up(over) if over else 0
+        return Swept(ended, moved, time.thread_time() - begun)
 
     def _too_many(self, now: float, live: Set[Peer], heard: Set[Peer]) -> set[Peer]:
         """A device's oldest. Forgets those that are closed."""
@@ -157,7 +161,7 @@ class Connections:
             over.update(peer for _, peer in there[: max(0, len(there) - MOST_OF_DEVICE)])
         return over
 
-    def _gate(self, shut_out: set[Network]) -> None:
+    def _gate(self, shut_out: frozenset[Network]) -> None:
         if shut_out == self._shut_out:
             return
         self._shut_out = shut_out

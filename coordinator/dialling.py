@@ -37,19 +37,22 @@ class Dialling:
     def __init__(self) -> None:
         self._begun = 0
         self._addresses: OrderedDict[Network, _Address] = OrderedDict()
-        self._waiting: set[Network] = set()
+        self._waiting: frozenset[Network] = frozenset()
 
     def begun(self) -> None:
         """A handshake begins, nobody knows whose."""
         self._begun += 1
 
-    def shut_out(self, now: float, new: Counter[Network], loud: Counter[Network]) -> set[Network]:
+    def shut_out(
+        self, now: float, new: Counter[Network], loud: Counter[Network]
+    ) -> frozenset[Network]:
         """Those that wait now, by the connections that were seen to be new since the last time.
 
         Dials that ended unseen are put down to the addresses of those that were seen: of a flood
         there are some at any moment. loud: connections not to be heard any more.
         """
         begun, self._begun = max(self._begun, new.total()), 0
+        waiting = set(self._waiting)
         for network in new | loud:
             own = self._addresses.pop(network, None) or _Address(now)
             self._addresses[network] = own
@@ -59,7 +62,9 @@ class Dialling:
             if wait_s := own.dials.take(now, float("inf"), dials):
                 own.waits_until = now + min(wait_s, SHUT_OUT_S)
                 own.tell(network, now)
-                self._waiting.add(network)
-        self._waiting = {n for n in self._waiting & self._addresses.keys()
-                         if self._addresses[n].waits_until > now}  # fmt: skip
+                waiting.add(network)
+        self._waiting = frozenset(
+            network for network in waiting & self._addresses.keys()
+            if self._addresses[network].waits_until > now
+        )  # fmt: skip
         return self._waiting

@@ -74,19 +74,17 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         while True:
             await asyncio.sleep(4 * took_s)  # a fifth of a processor at most
             with contextlib.suppress(TimeoutError):
-                async with timeout(max(SWEEP_S, 50 * took_s)):
+                async with timeout(max(SWEEP_S, 50 * took_s)):  # a fiftieth in peace
                     await self._alarm.wait()
             self._alarm.clear()
             doomed, self._doomed = self._doomed, set()
-            begun = time.monotonic()
             try:
                 swept = await asyncio.to_thread(self.connections.sweep, doomed)
             except OSError:  # no descriptor left, even to list them with
                 log.exception("connections were not looked at")
                 await asyncio.sleep(AGAIN_S)
                 continue
-            now = time.monotonic()
-            took_s = now - begun
+            now, took_s = time.monotonic(), swept.took_s
             for device_id, crossed in swept.crossed.items():
                 if self.limits.crossed(device_id, crossed.received, crossed.sent):
                     self._doomed.update(self.connections.of(device_id))

@@ -251,6 +251,14 @@ def test_who_dials_too_often_is_shut_out_for_a_while_and_others_are_not(place, c
     place.now[0] = SHUT_OUT_S + 1
     place.connections.sweep()
     assert place.lets_in()
+    flood_of_dials(place)
+    assert not place.lets_in(), "shut out but once"
+    place.now[0] += 5
+    place.dial("127.0.0.2")
+    for _ in range(2 * int(DIALS_BURST)):
+        place.connections.dialling.begun()
+    place.connections.sweep()
+    assert not place.lets_in() and not place.lets_in("127.0.0.2"), "one at a time"
 
 
 def test_dials_of_a_lab_are_let_in(place):
