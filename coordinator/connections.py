@@ -8,12 +8,14 @@ flood sends is dropped (`tarpit`). Linux.
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import resource
 import socket
 import stat
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Set
@@ -28,8 +30,8 @@ MOST_OF_DEVICE = 8  # connections; an agent has two, and a broken one may linger
 ANONYMOUS_S = 20.0  # a connection may be open without a call that was let in
 DEAF_S = FLOOD_S  # then a flood's connection is hung up on
 STRANGE_BYTES = 256 << 10  # before a call is let in; the largest that is asks with 64 KiB
-SPARE_FILES = 256  # descriptors that are not for connections
-MOST_CONNECTIONS = 16_384
+MOST_CONNECTIONS, LEAST_CONNECTIONS, MOST_JOINING = 16_384, 256, 512
+SPARE_FILES = 256 + MOST_JOINING  # descriptors that are not for the fleet's connections
 
 
 def peer_of(told: str) -> Peer | None:
@@ -62,7 +64,7 @@ def room_for_connections() -> int:
     wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
     if wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(SPARE_FILES, max(soft, wanted) - SPARE_FILES)
+    return max(LEAST_CONNECTIONS, max(soft, wanted) - SPARE_FILES)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Connections:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._lock = threading.Lock()
         self.ports: set[int] = set()
         self._of_device: dict[str, dict[Peer, float]] = {}  # when a call was last let in
         self._known: dict[Peer, str] = {}
@@ -110,13 +113,19 @@ class Connections:
     def used(self, device_id: str, told: str) -> None:
         """A call of this device was let in over the connection that gRPC names so."""
         peer = peer_of(told)
-        if peer is not None:
+        if peer is None:
+            return
+        with self._lock:
+            before = self._known.get(peer, device_id)
+            if before != device_id:  # behind one address a port comes to another device
+                self._of_device.get(before, {}).pop(peer, None)
             self._of_device.setdefault(device_id, {})[peer] = self._clock()
             self._known[peer] = device_id
 
     def of(self, device_id: str) -> list[Peer]:
         """The connections of a device that calls came over."""
-        return list(self._of_device.get(device_id, ()))
+        with self._lock:
+            return list(self._of_device.get(device_id, ()))
 
     def sweep(self, flooding: Collection[Peer] = ()) -> Swept:
         """Makes these deaf; hangs up on strangers that say nothing, on what is too many of a
@@ -132,8 +141,12 @@ class Connections:
         self._first_seen.update(dict.fromkeys(new, now))
         strange = live - known.keys() - self._deaf.keys()
         loud = {peer for peer in strange if crossed[peer].received > STRANGE_BYTES}
-        self._gate(self.dialling.shut_out(now, Counter(map(_network, new)),
-                                          Counter(map(_network, loud))))  # fmt: skip
+        said: Counter[Network] = Counter()
+        for peer in strange:
+            more = crossed[peer] - self._crossed.get(peer, NOTHING)
+            said[_network(peer)] += more.received
+        shares = {network: size / STRANGE_BYTES for network, size in said.items()}
+        self._gate(self.dialling.shut_out(now, Counter(map(_network, new)), shares))
         over = {peer for peer, since in self._deaf.items() if now - since > DEAF_S}
         over |= {peer for peer in strange if now - self._first_seen[peer] > ANONYMOUS_S}
         over |= self._deafen((loud | set(flooding)) & live - self._deaf.keys())
@@ -150,14 +163,16 @@ class Connections:
     def _too_many(self, now: float, live: Set[Peer], heard: Set[Peer]) -> set[Peer]:
         """A device's oldest. Forgets those that are closed."""
         over: set[Peer] = set()
-        for device_id, peers in list(self._of_device.items()):
-            for gone in [peer for peer in list(peers) if peer not in live]:
-                if now - peers[gone] > ANONYMOUS_S:  # or it was opened since
-                    del peers[gone]
-                    self._known.pop(gone, None)
-            if not peers:
-                del self._of_device[device_id]
-            there = sorted((at, peer) for peer, at in list(peers.items()) if peer in heard)
+        for device_id in list(self._of_device):
+            with self._lock:
+                peers = self._of_device[device_id]
+                for gone in [peer for peer in peers if peer not in live]:
+                    if now - peers[gone] > ANONYMOUS_S:  # or it was opened since
+                        del peers[gone]
+                        self._known.pop(gone, None)
+                if not peers:
+                    del self._of_device[device_id]
+                there = sorted((at, peer) for peer, at in peers.items() if peer in heard)
             over.update(peer for _, peer in there[: max(0, len(there) - MOST_OF_DEVICE)])
         return over
 
@@ -167,7 +182,15 @@ class Connections:
         self._shut_out = shut_out
         for listener in _listeners(self.ports):
             with contextlib.suppress(OSError):  # no such filters: dialling costs what it costs
-                gate(listener, shut_out) if shut_out else hear(listener)
+                hear(listener)
+            waiting = list(shut_out)
+            while waiting:
+                try:
+                    gate(listener, waiting)
+                except OSError:  # also of a filter that is too long for this kernel
+                    waiting = waiting[: len(waiting) // 2]
+                else:
+                    break
 
     def _deafen(self, peers: Collection[Peer]) -> set[Peer]:
         """Returns those that the kernel has no filter for."""
@@ -187,7 +210,7 @@ class Connections:
         for peer, connection in _sockets(self.ports):
             if peer in peers:
                 with contextlib.suppress(OSError):
-                    if peer in self._deaf:
+                    if self._deaf.pop(peer, None) is not None:
                         hear(connection)  # or the kernel never hears the peer's goodbye
                     connection.shutdown(socket.SHUT_RDWR)
                     ended += 1
@@ -214,8 +237,15 @@ def _at(ports: Collection[int]) -> Iterator[socket.socket]:
         try:
             if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
                 continue
-            connection = socket.socket(fileno=os.dup(int(entry)))
-        except OSError:  # closed meanwhile
+            number = os.dup(int(entry))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # who is not seen would be taken for gone
+            continue  # closed meanwhile
+        try:
+            connection = socket.socket(fileno=number)
+        except OSError:  # the number is another file's by now
+            os.close(number)
             continue
         with connection:
             own = connection.getsockname()

@@ -10,7 +10,7 @@ import grpc
 from pydantic import SecretStr
 
 from coordinator.bearer import BearerEnrolment
-from coordinator.connections import network_of
+from coordinator.connections import MOST_JOINING, network_of
 from coordinator.enrolment import Enrolment, Issued
 from coordinator.service import SERVER_OPTIONS, answered
 from coordinator.throttle import Throttle
@@ -89,7 +89,8 @@ class BearerJoiningService(rpc.EnrolmentServiceServicer):
 def make_joining_server(throttle: Throttle) -> grpc.aio.Server:
     """A server for small calls of strangers."""
     limited = {"grpc.max_receive_message_length": MOST_REQUEST_BYTES,
-               "grpc.max_concurrent_streams": 4}  # fmt: skip
+               "grpc.max_concurrent_streams": 4,
+               "grpc.max_allowed_incoming_connections": MOST_JOINING}  # fmt: skip
     options = [*(o for o in SERVER_OPTIONS if o[0] not in limited), *limited.items()]
     return grpc.aio.server(
         interceptors=[throttle], options=options, maximum_concurrent_rpcs=MOST_CALLS

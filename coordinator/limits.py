@@ -97,7 +97,7 @@ class Bucket:
         self._level, self._at = burst, now
 
     def take(self, now: float, most_wait_s: float, amount: float = 1.0) -> float | None:
-        """Takes so many; returns the seconds until they are due.
+        """Takes so many; returns the seconds until they are due. Fewer than none are given back.
 
         None where that were longer than `most_wait_s`: then none is taken.
         """
@@ -105,7 +105,7 @@ class Bucket:
         wait_s = max(0.0, (amount - self._level) / self._per_s)
         if wait_s > most_wait_s:
             return None
-        self._level -= amount
+        self._level = max(self._level - amount, -self._burst)  # nobody pays for ever
         return wait_s
 
     def spend(self, now: float, amount: float) -> float:
@@ -125,7 +125,7 @@ class Noise:
     """What crosses a device's connections and is in no message of a call that was let in.
 
     Frames of HTTP/2 that are no calls, which gRPC heeds and answers unasked (pings, settings), and
-    messages of calls that were refused. Some goes along with whatever is sent.
+    what comes for calls that were refused. Some goes along with whatever is sent.
     """
 
     def __init__(self, now: float) -> None:
@@ -146,6 +146,7 @@ class Noise:
         coming = received_bytes - self._taken - NOISE_BACK * sent_bytes
         going = sent_bytes - min(self._given, sent_bytes) - NOISE_BACK * received_bytes
         self._taken, self._given = 0.0, self._given - min(self._given, sent_bytes)
+        self._given = min(self._given, NOISE_IN_BURST)  # of what was broken off, nothing goes
         waits = [bucket.take(now, float("inf"), noise)
                  for bucket, noise in ((self._coming, coming), (self._going, going))]  # fmt: skip
         return any(waits)
@@ -261,7 +262,11 @@ class Limits:
 
     def _floods(self, device_id: str, own: Device) -> None:
         if not device_id.startswith("@"):  # at an address there may be others
-            own.flooding_until = self._clock() + FLOOD_S
+            now = self._clock()
+            heard, own.flooding_until = now >= own.flooding_until, now + FLOOD_S
+            own.noise = Noise(now)  # forgiven when its time is over, however much it was
+            if not heard:
+                return
             log.warning("%s floods; not heard for %.0f s (`sketchfleet-coordinator revoke %s` ends "
                         "it)", device_id, FLOOD_S, device_id)  # fmt: skip
 

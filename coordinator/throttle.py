@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -25,7 +26,7 @@ from protos.contract import ContractError, Reason, RefusalError
 log = logging.getLogger("sketchfleet.coordinator")
 
 Refuse = Callable[[Any, Exception], Awaitable[None]]
-SWEEP_S = 0.25  # between two looks at the connections, and longer where they are many
+SWEEP_S, LONGEST_SWEEP_S = 0.25, 2.0  # between two looks at the connections, by their number
 AGAIN_S = 5.0  # after a look that failed
 TURNED_AWAY = (Reason.BAD_CREDENTIAL, Reason.BAD_TOKEN, Reason.REVOKED, Reason.PENDING)
 
@@ -71,28 +72,32 @@ class Throttle(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Sweeps connections until it is cancelled; at once where a call was a flood."""
         self.connections.ports = ports
         told, ended, took_s = float("-inf"), 0, 0.0
-        while True:
-            await asyncio.sleep(4 * took_s)  # a fifth of a processor at most
-            with contextlib.suppress(TimeoutError):
-                async with timeout(max(SWEEP_S, 50 * took_s)):  # a fiftieth in peace
-                    await self._alarm.wait()
-            self._alarm.clear()
-            doomed, self._doomed = self._doomed, set()
-            try:
-                swept = await asyncio.to_thread(self.connections.sweep, doomed)
-            except OSError:  # no descriptor left, even to list them with
-                log.exception("connections were not looked at")
-                await asyncio.sleep(AGAIN_S)
-                continue
-            now, took_s = time.monotonic(), swept.took_s
-            for device_id, crossed in swept.crossed.items():
-                if self.limits.crossed(device_id, crossed.received, crossed.sent):
-                    self._doomed.update(self.connections.of(device_id))
-                    self._alarm.set()
-            ended += swept.hung_up
-            if ended and now > told + TELL_S:
-                log.warning("connections hung up on", extra={"connections": ended})
-                told, ended = now, 0
+        loop = asyncio.get_running_loop()
+        # Not one of the threads that may all wait for a slow disk.
+        with ThreadPoolExecutor(1, "connections") as own_thread:
+            while True:
+                await asyncio.sleep(4 * took_s)  # a fifth of a processor at most
+                with contextlib.suppress(TimeoutError):
+                    async with timeout(min(max(SWEEP_S, 50 * took_s), LONGEST_SWEEP_S)):
+                        await self._alarm.wait()
+                self._alarm.clear()
+                doomed, self._doomed = self._doomed, set()
+                try:
+                    swept = await loop.run_in_executor(own_thread, self.connections.sweep, doomed)
+                except Exception:  # no descriptor left to list them with, for one; and go on
+                    log.exception("connections were not looked at")
+                    self._doomed |= doomed
+                    await asyncio.sleep(AGAIN_S)
+                    continue
+                now, took_s = time.monotonic(), swept.took_s
+                for device_id, crossed in swept.crossed.items():
+                    if self.limits.crossed(device_id, crossed.received, crossed.sent):
+                        self._doomed.update(self.connections.of(device_id))
+                        self._alarm.set()
+                ended += swept.hung_up
+                if ended and now > told + TELL_S:
+                    log.warning("connections hung up on", extra={"connections": ended})
+                    told, ended = now, 0
 
     def _single(self, handler: Any, call: str) -> Any:
         async def answer(message: bytes, context: Any) -> Any:

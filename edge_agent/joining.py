@@ -14,7 +14,7 @@ from profiles.settings import host_of
 from protos.invitation import Invitation, pinned
 from protos.sketchfleet.v1 import fleet_pb2 as pb
 
-ASK_AGAIN_S = 5.0  # while an operator has yet to approve
+ASK_AGAIN_S = 15.0  # while an operator has yet to approve; each time is a handshake
 
 
 def enroll(

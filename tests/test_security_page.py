@@ -7,7 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from coordinator import connections, limits, service, throttle
+from coordinator import connections, dialling, limits, service, throttle
 from coordinator.config import LimitsSection
 from coordinator.joining_service import MOST_REQUEST_BYTES
 from edge_agent.link import LONGEST_AWAY_S
@@ -71,12 +71,21 @@ def test_the_limits_on_the_page_are_those_of_the_code():
         "calls that are turned away (revoked, unknown, wrong token)":
             rate(limits.REFUSALS_PER_S, limits.REFUSALS_BURST),
         "a connection without a call that was let in": f"{connections.ANONYMOUS_S:g} s",
+        "bytes of such a connection": f"{connections.STRANGE_BYTES >> 10} KiB",
+        "new connections": rate(dialling.DIALS_PER_S, dialling.DIALS_BURST),
+        "bytes of its connections that are in no message of a call that was let in":
+            f"{limits.NOISE_PER_S / 1024:g} KiB a second, {limits.NOISE_IN_BURST / 2**20:g} MiB at "
+            f"once coming and {limits.NOISE_OUT_BURST / 2**20:g} MiB going, a tenth of messages' "
+            f"own bytes and {limits.NOISE_BACK:.0%} of those the other way".replace("2%", "2 %"),
         "the disk": f"`[limits] disk_share = {LimitsSection().disk_share:g}` of it, or "
                     f"{limits.MOST_SPARE_BYTES >> 30} GiB left",
     }  # fmt: skip
     assert {key: shown.get(key) for key in expected} == expected
     assert ", ".join(f"{name} {calls[name].at_once}" for name in most) in TEXT
     assert ", ".join(f"{name} {calls[name].in_all}" for name in in_all) in TEXT
+    assert f"not heard for {limits.FLOOD_S:g} s" in TEXT
+    assert f"counts as {dialling.LOUD_DIALS} new ones" in TEXT
+    assert f"up to {dialling.SHUT_OUT_S:g} s at a time" in TEXT and limits.NOISE_SHARE == 0.1
     assert limits.REFILL_S == 3600 and LONGEST_AWAY_S == 300
     assert LimitsSection().mb_per_day is None
     assert f"| connections | {connections.MOST_OF_DEVICE} |" in TEXT

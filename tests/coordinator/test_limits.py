@@ -181,6 +181,17 @@ def test_messages_may_come_before_they_are_taken_and_go_after_they_are_given():
         assert not limits.crossed("ash", 0, 30 << 20)
 
 
+def test_a_flood_of_frames_is_forgiven_after_its_time_however_large_it_was(caplog):
+    now = [0.0]
+    limits = Limits(lambda: now[0])
+    assert limits.crossed("ash", int(100 * NOISE_IN_BURST), 0)
+    assert not limits.crossed("ash", 1000, 0)
+    assert limits.crossed("ash", int(2 * NOISE_IN_BURST), 0)
+    assert caplog.text.count("floods") == 1
+    now[0] = FLOOD_S + 1
+    assert not limits.crossed("ash", 1000, 0)
+
+
 @pytest.mark.parametrize(
     ("received", "sent"), [(NOISE_IN_BURST + 1, 0), (0, NOISE_OUT_BURST + 1)],
     ids=["frames that nothing answers", "answers to pings"],

@@ -151,6 +151,38 @@ async def test_messages_of_calls_are_no_noise(harness, tmp_path, monkeypatch):
         assert not floods
 
 
+async def test_compressed_messages_are_refused_for_they_hide_their_size(harness, tmp_path):
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        link = fleet["ash"].link
+        call = link._control.unary_unary(FLEET + "NextTask")(
+            bytes(10_000), metadata=link._metadata, timeout=10, compression=grpc.Compression.Gzip
+        )
+        assert (await refusal(call))[0] is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_connections_are_looked_at_again_after_a_look_that_failed(
+    harness, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(throttle_module, "AGAIN_S", 0.01)
+    async with harness.fleet(tmp_path, **ONE) as fleet:
+        throttle, asked = fleet.coordinator.server.throttle, []
+        sweep = throttle.connections.sweep
+
+        def fail_once(doomed):
+            asked.append(set(doomed))
+            if len(asked) == 1:
+                raise OSError("too many open files")
+            return sweep(doomed)
+
+        monkeypatch.setattr(throttle.connections, "sweep", fail_once)
+        throttle._doomed.add(("10.0.0.1", 1))
+        async with timeout(10):
+            while len(asked) < 2:
+                await asyncio.sleep(0.01)
+        assert asked[:2] == [{("10.0.0.1", 1)}] * 2, "who was to be deaf is forgotten"
+        assert "too many open files" in caplog.text
+
+
 async def test_bytes_that_are_no_message_are_refused_without_a_word_in_the_log(
     harness, tmp_path, caplog
 ):
