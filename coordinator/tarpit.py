@@ -8,10 +8,10 @@ again after seconds. By filters of classic BPF, for which no rights are needed. 
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import socket
 import struct
+from array import array
 from collections.abc import Collection
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -61,7 +61,8 @@ def gate_program(shut_out: Collection[Network]) -> list[_Step]:
 
 
 def _attach(connection: socket.socket, program: list[_Step]) -> None:
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    code = array("B", b"".join(struct.pack("HBBI", *step) for step in program))
+    address, _ = code.buffer_info()
     connection.setsockopt(
-        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(code))
+        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", len(program), address)
     )
