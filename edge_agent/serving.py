@@ -18,6 +18,7 @@ from edge_agent.inference import Engine
 from edge_agent.serving_adapter import NewestAdapter
 from edge_agent.serving_settings import ServeSection
 from profiles.errors import MissingExtraError, SketchfleetError
+from profiles.listening import listen_on
 from profiles.service_manager import ServiceManager
 
 try:
@@ -148,17 +149,10 @@ class _Protocol(H11Protocol):
 
 
 def _listener(listen: str) -> socket.socket:
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host.strip("[]"), int(port)))
-        listener.listen(128)
+        return listen_on(listen)
     except OSError as error:
-        listener.close()
         raise ServeError(
             f"{listen} cannot be listened on ({error.strerror}); stop what listens there or choose "
             "another [serve] listen"
         ) from error
-    return listener

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import threading
 from collections.abc import AsyncIterator
 
@@ -17,6 +16,7 @@ from coordinator.web.access import token_hash
 from coordinator.web.app import make_app
 from coordinator.web.facts import FactReader
 from profiles.errors import SketchfleetError
+from profiles.listening import listen_on
 from profiles.settings import host_of, is_loopback
 
 log = logging.getLogger("sketchfleet.coordinator")
@@ -44,15 +44,9 @@ class WebServer:
 
     def start(self) -> str:
         """Listens, and returns the address as `http://host:port`. Raises `WebError`."""
-        host, _, port = self._listen.rpartition(":")
-        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host.strip("[]"), int(port)))
-            listener.listen(64)
+            listener = listen_on(self._listen)
         except OSError as error:
-            listener.close()
             raise WebError(
                 f"[web] {self._listen} cannot be listened on ({error.strerror}); change [web] "
                 'listen, or set it to "" to serve no dashboard'
@@ -61,6 +55,7 @@ class WebServer:
             target=self._server.run, args=([listener],), name="web", daemon=True
         )
         self._thread.start()
+        host = self._listen.rpartition(":")[0]
         return f"http://{host}:{listener.getsockname()[1]}"
 
     def stop(self) -> None:
